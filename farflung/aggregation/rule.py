@@ -1,0 +1,41 @@
+"""The contract of an aggregation rule: rows and weights in, one update and a verdict per row out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+from farflung.protocol.rows import Rows, Verdict
+
+
+class Aggregate(NamedTuple):
+    """One round's result: `update_d` fp32 of length d, one verdict per row, and numbers for the round log."""
+
+    update_d: Tensor
+    verdicts: tuple[Verdict, ...]
+    certificate: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a rule may know besides rows and weights.
+
+    `out_d`, when given, is fp32 memory of length d that receives the update (the node lends a buffer it has anyway).
+    `threads` only changes speed, never a byte.
+    """
+
+    round_index: int = 0
+    out_d: Tensor | None = None
+    threads: int = 1
+    cancelled: Callable[[], bool] = field(default=lambda: False)
+
+
+class Rule(Protocol):
+    """A rule is a pure function. It raises TooFewPeers if it needs more rows than there are."""
+
+    def __call__(self, rows: Rows[Tensor], weight_n: Tensor, *, f: int, context: Context) -> Aggregate:
+        """weight_n: fp64, > 0. f: rows that may be arbitrary. Same bytes for any thread count."""
+        ...
