@@ -27,7 +27,7 @@ wheel-test: $(STAMP)
 # Regenerates the checked-in protobuf code bit for bit, in an environment of its own.
 proto:
 	$(PYTHON) -m venv .venv-proto
-	.venv-proto/bin/pip install -q grpcio-tools==1.71.2 mypy-protobuf==3.6.0 "setuptools<81"
+	.venv-proto/bin/pip install -q grpcio-tools==1.71.2 "setuptools<81"
 	.venv-proto/bin/python -m grpc_tools.protoc -I . --python_out=. --grpc_python_out=. --pyi_out=. \
 		farflung/protocol/messages.proto
 
