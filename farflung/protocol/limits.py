@@ -6,7 +6,7 @@ A size is compared with its bound before anything is allocated for it.
 from __future__ import annotations
 
 MEMBERS_MAX = 256
-"""Gather mode is meant for about 64 members; four times that is where its manifests stop fitting one control message."""
+"""Gather mode is meant for about 64 members; at four times that manifests stop fitting one control message."""
 
 CONTROL_BYTES_MAX = 1 << 20
 """One control message. The largest is a certificate of 256 members: about 256 x (300 + 100) bytes = 0.1 MB."""

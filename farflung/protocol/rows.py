@@ -10,7 +10,6 @@ from enum import StrEnum
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
 Array = TypeVar("Array")
-Array_co = TypeVar("Array_co", covariant=True)
 
 WINDOW_ALIGN = 1 << 14
 """Windows start at multiples of this many coordinates: every block and chunk size of a codec divides it."""
@@ -33,7 +32,7 @@ class SparseRow(NamedTuple, Generic[Array]):
     value_k: Array
 
 
-class Rows(Protocol[Array_co]):
+class Rows(Protocol[Array]):
     """n rows of length d in member order (sorted by peer id), readable a window at a time.
 
     The node's rows decode lazily from payloads, so that n x d numbers never exist at once.
@@ -47,7 +46,7 @@ class Rows(Protocol[Array_co]):
     def d(self) -> int:
         """Length of every row."""
 
-    def window(self, start: int, stop: int) -> tuple[DenseRow[Array_co] | SparseRow[Array_co], ...]:
+    def window(self, start: int, stop: int) -> tuple[DenseRow[Array] | SparseRow[Array], ...]:
         """The rows restricted to [start, stop). `start` is a multiple of WINDOW_ALIGN; `stop` is another one, or d."""
 
 

@@ -18,7 +18,7 @@ from farflung.protocol.errors import ConfigError
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One trainable tensor: its name in `named_parameters()` order, its shape, and its dtype in the model ("float32")."""
+    """One trainable tensor: its name in the model, its shape, and its dtype there ("float32")."""
 
     name: str
     shape: tuple[int, ...]

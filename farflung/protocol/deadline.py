@@ -1,0 +1,64 @@
+"""How long to wait, learnt from how long it took: median + k x MAD of recent rounds, between a floor and a ceiling.
+
+And when a round may close: when everybody has spoken, or a quorum has and a grace window is over, or at the deadline.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from statistics import median
+
+HISTORY = 16
+"""Rounds remembered: enough for a median that one odd round does not move, few enough to follow a changed link."""
+
+SPREAD_MIN = 0.05
+"""MAD is taken as at least this share of the median: sixteen equal rounds must not make the next one's jitter fatal."""
+
+
+@dataclass(slots=True)
+class AdaptiveDeadline:
+    """A duration learnt from measured ones. Without history it is the ceiling."""
+
+    floor_s: float
+    ceiling_s: float
+    mads: float
+    seen_s: deque[float] = field(default_factory=lambda: deque(maxlen=HISTORY))
+
+    def observe(self, duration_s: float) -> None:
+        """Remember one measured duration."""
+        self.seen_s.append(max(0.0, duration_s))
+
+    @property
+    def value_s(self) -> float:
+        """median + k x MAD, within [floor, ceiling]."""
+        if not self.seen_s:
+            return self.ceiling_s
+        middle = median(self.seen_s)
+        spread = max(median(abs(item - middle) for item in self.seen_s), SPREAD_MIN * middle)
+        return min(max(middle + self.mads * spread, self.floor_s), self.ceiling_s)
+
+
+def closing_time(
+    *,
+    now_s: float,
+    waiting_for: Iterable[object],
+    payloads_held: int,
+    membership_changes: int,
+    quorum_since_s: float | None,
+    grace_s: float,
+    deadline_s: float,
+) -> float:
+    """When the round may close, as seen now; infinity if nothing that could be closed is in sight.
+
+    `waiting_for` are the members who neither abstained nor have a payload here; `quorum_since_s` is when the payloads
+    held here became a quorum. A round with nothing to aggregate and nobody to admit or release stays open.
+    """
+    if not any(True for _ in waiting_for):
+        return now_s
+    if not payloads_held and not membership_changes:
+        return math.inf
+    after_grace_s = math.inf if quorum_since_s is None else quorum_since_s + grace_s
+    return min(after_grace_s, deadline_s)

@@ -1,0 +1,466 @@
+"""One member's rounds as a machine without I/O: events and the time go in, effects come out, in the order in which
+they must be carried out. A `Persist` must be durable before any effect after it is carried out.
+
+    TRAINING ── Own ──> WAITING ── certificate ──> APPLYING ── state applied ──> the next round
+    FOLLOWING: not a member of this round; hears, fetches and applies like everybody else
+
+Who has spoken is in `attendance.py`, how voters agree in `ballot.py`, when a round closes in `deadline.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from farflung.protocol import limits
+from farflung.protocol.attendance import Attendance
+from farflung.protocol.ballot import Ballot
+from farflung.protocol.certificate import Certificate, check_certificate, vote_bytes
+from farflung.protocol.deadline import AdaptiveDeadline
+from farflung.protocol.effects import (
+    Apply,
+    Broadcast,
+    CatchUp,
+    Effect,
+    Event,
+    Fetch,
+    Heal,
+    Heard,
+    Held,
+    Leave,
+    Note,
+    Own,
+    Persist,
+    Refused,
+    Send,
+    Stage,
+    Staged,
+    Tick,
+)
+from farflung.protocol.errors import LocalError, PeerError
+from farflung.protocol.genesis import Genesis
+from farflung.protocol.identity import PeerId
+from farflung.protocol.manifest import Manifest, check_manifest
+from farflung.protocol.statements import Announcement, JoinRequest, LeaveNotice, Sign, Slot
+from farflung.protocol.wire import Certified, Message, Promise, Proposal, Status, Vote
+
+RECENT_TIPS = 8
+"""A join request names one of this many latest manifests: old ones cannot be replayed, slow joiners are not refused."""
+
+
+class Phase(StrEnum):
+    """Where a member is in its round."""
+
+    FOLLOWING = "following"
+    TRAINING = "training"
+    WAITING = "waiting"
+    APPLYING = "applying"
+
+
+_ALWAYS = (Tick, Heard, Held, Refused, Staged, Leave)
+ALLOWED: dict[Phase, tuple[type, ...]] = {
+    Phase.FOLLOWING: _ALWAYS,
+    Phase.TRAINING: (*_ALWAYS, Own),
+    Phase.WAITING: _ALWAYS,
+    Phase.APPLYING: _ALWAYS,
+}
+"""The whole law: what may happen in which phase. Anything else is a bug of ours."""
+
+
+@dataclass(frozen=True)
+class Self:
+    """Who this member is. `secret` is the join secret (empty: unknown); `payload_bytes_max` follows from the codec."""
+
+    peer_id: PeerId
+    public_key: bytes
+    sign: Sign
+    payload_bytes_max: int
+    secret: bytes = b""
+    wants_in: bool = True
+
+
+@dataclass(slots=True)
+class RoundMachine:
+    """The rounds of one member, from the certificate `tip` on.
+
+    Call `begin` once, then `handle` for every event; `wake_s` says when the next `Tick` is due.
+    """
+
+    genesis: Genesis
+    me: Self
+    tip: Certificate
+    phase: Phase = Phase.FOLLOWING
+    attendance: Attendance = field(init=False)
+    ballot: Ballot = field(init=False)
+    staging: bytes | None = None
+    """The manifest being applied on trial."""
+    staged: tuple[bytes, bytes] | None = None
+    """The manifest applied on trial last, and the state it gave."""
+    asked: set[bytes] = field(default_factory=set)
+    """Payloads whose fetch has been asked for."""
+    certificate: Certificate | None = None
+    leaving: bool = False
+    view_ends_s: float = math.inf
+    resend_s: float = 0.0
+    answered: set[PeerId] = field(default_factory=set)
+    recent_tips: deque[bytes] = field(default_factory=lambda: deque(maxlen=RECENT_TIPS))
+    deadline: AdaptiveDeadline = field(init=False)
+    """How long members take to speak."""
+    certify: AdaptiveDeadline = field(init=False)
+    """How long a closed round takes to be certified."""
+    _out: list[Effect] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        timing = self.genesis.timing
+        floor_s, ceiling_s = timing.deadline_floor_ms / 1e3, timing.deadline_ceiling_ms / 1e3
+        self.deadline = AdaptiveDeadline(floor_s, ceiling_s, timing.deadline_mads)
+        self.certify = AdaptiveDeadline(timing.view_floor_ms / 1e3, ceiling_s, timing.deadline_mads)
+        self.certify.observe(0.0)
+        self._open(0.0, {})
+
+    # -- what others may ask ------------------------------------------------------------------------------------------
+
+    @property
+    def parent(self) -> Manifest:
+        """The manifest this round starts from."""
+        return self.tip.manifest
+
+    @property
+    def round_index(self) -> int:
+        """The round this member is in."""
+        return self.parent.round_index + 1
+
+    @property
+    def slot(self) -> Slot:
+        """What statements of this round are bound to."""
+        return self.attendance.slot
+
+    @property
+    def is_member(self) -> bool:
+        """Whether this member is in this round."""
+        return self.me.peer_id in self.parent.member_of
+
+    @property
+    def wants_steps(self) -> bool:
+        """Whether local steps of this round are wanted."""
+        return self.phase is Phase.TRAINING and self.parent.started
+
+    @property
+    def wake_s(self) -> float:
+        """When the next Tick is due."""
+        waits = self.certificate is None and self.attendance.closed_s is None
+        closing_s = self.attendance.closing_s(math.inf, self.deadline.value_s) if waits else math.inf
+        return min(self.resend_s, self.view_ends_s, closing_s)
+
+    def why_waiting(self, now_s: float) -> str:
+        """One line for people: what this round waits for, and for whom."""
+        if self.certificate is not None:
+            missing = [item.peer_id.short for item in self._missing(self.certificate.manifest)]
+            return f"fetching payloads of {', '.join(missing)}" if missing else "applying the certified update"
+        if not self.parent.started:
+            return f"waiting for members: {len(self.parent.members)} of {self.genesis.start_members} are here"
+        if self.attendance.closed_s is None:
+            names = ", ".join(peer.short for peer in self.attendance.waiting_for)
+            closes_s = self.attendance.closing_s(now_s, self.deadline.value_s)
+            when = f", at most {max(0.0, closes_s - now_s):.0f} s more" if closes_s < math.inf else ""
+            return f"waiting for payloads of {names or 'nobody'}{when}"
+        view = self.ballot.view
+        return f"waiting for votes in view {view}, proposed by {self.ballot.proposer(view).short}"
+
+    # -- events -------------------------------------------------------------------------------------------------------
+
+    def begin(self, now_s: float, journal: Iterable[tuple[str, object]] = ()) -> list[Effect]:
+        """Enter the round after `tip`. `journal`: what was persisted in this round before a restart, oldest first."""
+        self._open(now_s, self.attendance.joins)
+        self._restore(journal)
+        self._out = []
+        self._advance(now_s)
+        return self._out
+
+    def handle(self, event: Event, now_s: float) -> list[Effect]:
+        """Advance by one event.
+
+        Raises PeerError if a peer's statement may not be believed (it has changed nothing then), and LocalError if
+        our own code broke the order of a round.
+        """
+        if not isinstance(event, ALLOWED[self.phase]):
+            raise LocalError(f"{type(event).__name__} while {self.phase}")
+        self._out = []
+        match event:
+            case Heard(message):
+                self._hear(message, now_s)
+            case Own(announcement):
+                self._speak(announcement)
+            case Held(digest):
+                self.attendance.held.add(digest)
+            case Refused(digest, why):
+                self.attendance.refused[digest] = why
+            case Staged(manifest_digest, state_digest):
+                self.staging, self.staged = None, (manifest_digest, state_digest)
+            case Leave():
+                self.leaving, self.resend_s = True, now_s
+            case Tick():
+                pass
+        self._advance(now_s)
+        return self._out
+
+    # -- hearing ------------------------------------------------------------------------------------------------------
+
+    def _hear(self, message: Message, now_s: float) -> None:
+        statement, sender = message.statement, message.sender
+        if isinstance(statement, Certified):
+            self._hear_certificate(sender, statement.certificate)
+            return
+        if isinstance(statement, JoinRequest):
+            self.attendance.hear_join(statement)
+        if message.round_index > self.round_index:
+            self._out.append(CatchUp(sender, message.round_index))
+        elif message.round_index < self.round_index:
+            self._answer(sender)
+        elif message.parent != self.parent.digest:
+            raise PeerError(sender.short, f"is on another chain in round {self.round_index}")
+        else:
+            self._hear_now(message, now_s)
+
+    def _hear_now(self, message: Message, now_s: float) -> None:
+        """A statement about this very round."""
+        match message.statement:
+            case Announcement() as item:
+                self.attendance.hear_announcement(item)
+                self._fetch([item])
+            case Proposal(view, manifest):
+                self._check(manifest)
+                self.ballot.hear_proposal(message.sender, view, manifest)
+                if view >= self.ballot.view and self.view_ends_s < math.inf:
+                    # It deserves the time that fetching and applying it takes.
+                    self.view_ends_s = max(self.view_ends_s, now_s + self._view_s(view))
+            case Promise() as promise:
+                if promise.voted is not None:
+                    self._check(promise.voted[1])
+                self.ballot.hear_promise(message.sender, promise)
+            case Vote() as vote:
+                self.ballot.hear_vote(message.sender, vote)
+            case LeaveNotice() as notice:
+                self.attendance.hear_leave(notice)
+
+    def _hear_certificate(self, sender: PeerId, certificate: Certificate) -> None:
+        ahead = certificate.manifest.round_index - self.round_index
+        if ahead > 0:
+            self._out.append(CatchUp(sender, certificate.manifest.round_index))
+        if ahead == 0 and self.certificate is None:
+            check_certificate(certificate, self.parent, self.genesis, payload_bytes_max=self.me.payload_bytes_max)
+            self._certified(certificate)
+
+    def _answer(self, peer: PeerId) -> None:
+        """Tell a peer that is behind how its round ended; once per resend, whatever it sends."""
+        if peer not in self.answered:
+            self.answered.add(peer)
+            self._out.append(Send(peer, Certified(self.tip)))
+
+    def _check(self, manifest: Manifest) -> None:
+        check_manifest(
+            manifest,
+            self.parent,
+            self.genesis,
+            payload_bytes_max=self.me.payload_bytes_max,
+            recent_tips=self.recent_tips,
+            secret=self.me.secret or None,
+        )
+
+    # -- advancing ----------------------------------------------------------------------------------------------------
+
+    def _open(self, now_s: float, joins: dict[PeerId, JoinRequest]) -> None:
+        self.recent_tips.append(self.parent.digest)
+        self.attendance = Attendance(
+            self.genesis,
+            self.parent,
+            self.me.payload_bytes_max,
+            self.me.secret,
+            self.recent_tips,
+            started_s=now_s,
+            joins=joins,
+        )
+        self.ballot = Ballot(self.parent, self.me.peer_id)
+        self.asked, self.answered = set(), set()
+        self.staging = self.staged = self.certificate = None
+        self.view_ends_s, self.resend_s = math.inf, now_s
+        self.phase = Phase.TRAINING if self.is_member else Phase.FOLLOWING
+
+    def _restore(self, journal: Iterable[tuple[str, object]]) -> None:
+        for kind, value in journal:
+            match kind, value:
+                case "own", Announcement():
+                    self.attendance.announcements[self.me.peer_id] = value
+                    if value.payload is not None:
+                        self.attendance.held.add(value.payload.digest)
+                    self.phase = Phase.WAITING
+                case "promise", Promise():
+                    self.ballot.view, self.ballot.my_promise = value.view, value
+                    self.ballot.hear_promise(self.me.peer_id, value)
+                case "proposal", Proposal():
+                    self.ballot.proposals[value.view] = value.manifest
+                case "vote", (int(view), Manifest() as manifest, bytes(state_digest)):
+                    self.ballot.proposals.setdefault(view, manifest)
+                    self.ballot.cast(view, manifest, state_digest)
+                    self.ballot.hear_vote(self.me.peer_id, self._vote(view, manifest, state_digest))
+                case _:
+                    raise LocalError(f"a journal entry of kind {kind!r}")
+
+    def _advance(self, now_s: float) -> None:
+        """Do whatever has become possible, in the one order that is safe."""
+        if self.certificate is None and self.attendance.watch(now_s, self.deadline.value_s):
+            self.view_ends_s = now_s + self._view_s(self.ballot.view)
+        self._count_votes()
+        if self.certificate is None:
+            if self.ballot.votes_here:
+                self._propose()
+                self._time_out(now_s)
+            self._support()
+            self._count_votes()
+        if self.certificate is not None and self._apply(self.certificate, now_s):
+            return
+        if now_s >= self.resend_s:
+            self._resend(now_s)
+
+    def _count_votes(self) -> None:
+        if self.certificate is None and (found := self.ballot.certificate()) is not None:
+            self._certified(found)
+
+    def _certified(self, certificate: Certificate) -> None:
+        self.certificate, self.phase, self.view_ends_s = certificate, Phase.APPLYING, math.inf
+
+    def _propose(self) -> None:
+        view = self.ballot.view
+        mine = self.ballot.proposer(view) == self.me.peer_id
+        if not mine or view in self.ballot.proposals or (view > 0 and not self.ballot.has_promises(view)):
+            return
+        manifest = self.ballot.bound_manifest(view)
+        if manifest is None:
+            if self.attendance.closed_s is None:
+                return
+            manifest = self.attendance.draft(self.me.peer_id)
+        self.ballot.proposals[view] = manifest
+        self._out += [Persist("proposal", Proposal(view, manifest)), Broadcast(Proposal(view, manifest))]
+
+    def _time_out(self, now_s: float) -> None:
+        """Move to the next view when mine took too long, or to one in which others wait while I wait as well."""
+        view = self.ballot.view
+        target = view + 1 if now_s >= self.view_ends_s else view
+        for ahead in sorted(self.ballot.promises):
+            others = self.ballot.promises[ahead].keys() - {self.me.peer_id}
+            late = self.attendance.closed_s is not None or 2 * len(others) >= len(self.ballot.order)
+            if ahead > target and others and late:
+                target = ahead
+        if target > view:
+            promise = self.ballot.enter_view(target)
+            self.ballot.hear_promise(self.me.peer_id, promise)
+            self.view_ends_s = now_s + self._view_s(target)
+            self._out += [Persist("promise", promise), Broadcast(promise)]
+            self._out.append(Note(f"view {target}: now {self.ballot.proposer(target).short} proposes"))
+            self._propose()
+
+    def _support(self) -> None:
+        """Apply the latest proposal on trial, and vote for it if I may. Followers only apply: it saves time later."""
+        ballot = self.ballot
+        views = [view for view in ballot.proposals if ballot.may_vote(view) or not ballot.votes_here]
+        if not views:
+            return
+        view = max(views)
+        manifest = ballot.proposals[view]
+        state_digest = self._trial(manifest)
+        if state_digest is not None and ballot.votes_here:
+            ballot.cast(view, manifest, state_digest)
+            vote = self._vote(view, manifest, state_digest)
+            ballot.hear_vote(self.me.peer_id, vote)
+            self._out += [Persist("vote", (view, manifest, state_digest)), Broadcast(vote)]
+
+    def _trial(self, manifest: Manifest) -> bytes | None:
+        """The state `manifest` gives, or None while what that takes is being fetched and computed."""
+        if self.staged is not None and self.staged[0] == manifest.digest:
+            return self.staged[1]
+        missing = self._missing(manifest)
+        self._fetch(missing)
+        if not missing and self.staging != manifest.digest:
+            self.staging = manifest.digest
+            self._out.append(Stage(manifest))
+        return None
+
+    def _apply(self, certificate: Certificate, now_s: float) -> bool:
+        state_digest = self._trial(certificate.manifest)
+        if state_digest is None:
+            return False
+        if state_digest != certificate.state_digest:
+            self.staged, self.staging = None, certificate.manifest.digest
+            self._out.append(Heal(certificate))
+            return False
+        self._learn(now_s)
+        effects = [*self._out, Apply(certificate)]
+        self.tip = certificate
+        self._out = effects + self.begin(now_s)
+        return True
+
+    def _learn(self, now_s: float) -> None:
+        """Measure this round for the next ones' deadlines."""
+        attendance = self.attendance
+        if attendance.spoken_s is not None:
+            self.deadline.observe(attendance.spoken_s - attendance.started_s)
+        if attendance.closed_s is not None and self.ballot.view == 0:
+            self.certify.observe(now_s - attendance.closed_s)
+
+    def _resend(self, now_s: float) -> None:
+        """Say again what this round needs of me, for whoever missed it; this is also the heartbeat."""
+        self.resend_s = now_s + self.genesis.timing.resend_ms / 1e3
+        self.answered.clear()
+        ballot, view = self.ballot, self.ballot.view
+        if not self.is_member and self.me.wants_in and not self.leaving:
+            self._out.append(Broadcast(self._join_request()))
+        if self.is_member and self.leaving:
+            self._out.append(Broadcast(self._leave_notice()))
+        if (own := self.attendance.announcements.get(self.me.peer_id)) is not None:
+            self._out.append(Broadcast(own))
+        if ballot.my_promise is not None:
+            self._out.append(Broadcast(ballot.my_promise))
+        if ballot.votes_here and view in ballot.proposals and ballot.proposer(view) == self.me.peer_id:
+            self._out.append(Broadcast(Proposal(view, ballot.proposals[view])))
+        if ballot.my_vote is not None:
+            self._out.append(Broadcast(self._vote(*ballot.my_vote)))
+        self._out.append(Broadcast(Status(view)))
+
+    # -- small things -------------------------------------------------------------------------------------------------
+
+    def _speak(self, announcement: Announcement) -> None:
+        self.attendance.hear_announcement(announcement)
+        if announcement.payload is not None:
+            self.attendance.held.add(announcement.payload.digest)
+        self.phase = Phase.WAITING
+        self._out += [Persist("own", announcement), Broadcast(announcement)]
+
+    def _fetch(self, items: Iterable[Announcement]) -> None:
+        for item in items:
+            ref = item.payload
+            if ref is not None and ref.digest not in self.asked | self.attendance.held | self.attendance.refused.keys():
+                self.asked.add(ref.digest)
+                self._out.append(Fetch(item))
+
+    def _missing(self, manifest: Manifest) -> list[Announcement]:
+        held = self.attendance.held
+        return [item for item in manifest.payloads if item.payload is not None and item.payload.digest not in held]
+
+    def _vote(self, view: int, manifest: Manifest, state_digest: bytes) -> Vote:
+        signature = self.me.sign(vote_bytes(self.slot, view, manifest.digest, state_digest))
+        return Vote(view, manifest.digest, state_digest, signature)
+
+    def _join_request(self) -> JoinRequest:
+        me = self.me
+        return JoinRequest.make(self.genesis.run_id, me.public_key, self.parent.digest, me.secret, me.sign)
+
+    def _leave_notice(self) -> LeaveNotice:
+        notice = LeaveNotice.make(self.me.public_key, self.slot, self.me.sign)
+        self.attendance.leaves[self.me.peer_id] = notice
+        return notice
+
+    def _view_s(self, view: int) -> float:
+        return self.certify.value_s * 2.0 ** min(view, limits.VIEW_DOUBLINGS_MAX)
