@@ -1,16 +1,18 @@
 """Content-addressed bytes, cut into chunks that can be checked one by one and fetched from different members.
 
-    digest = SHA-256("farflung blob\\0" ‖ size (8 bytes, big endian) ‖ chunk size (4) ‖ SHA-256(chunk 0) ‖ ...)
+    digest = BLAKE3("farflung blob\\0" ‖ size (8 bytes, big endian) ‖ chunk size (4) ‖ BLAKE3(chunk 0) ‖ ...)
 
 Whoever knows the digest, the size and the chunk size can check the list of chunk digests, and with that list each
-chunk, before believing or storing anything.
+chunk, before believing or storing anything. (BLAKE3 rather than SHA-256 because whole models go through it every round:
+2.8 against 0.7 GB/s per core where this was measured.)
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
+
+from blake3 import blake3
 
 from farflung.protocol import limits
 from farflung.protocol.errors import PeerError
@@ -51,13 +53,13 @@ class BlobRef:
 
 
 def chunk_digest(data: bytes | memoryview) -> bytes:
-    """SHA-256 of one chunk."""
-    return hashlib.sha256(data).digest()
+    """BLAKE3 of one chunk."""
+    return blake3(data).digest()
 
 
 def blob_digest(size: int, chunk_bytes: int, chunk_digests: Iterable[bytes]) -> bytes:
     """The digest over a list of chunk digests."""
-    whole = hashlib.sha256(b"farflung blob\0" + size.to_bytes(8, "big") + chunk_bytes.to_bytes(4, "big"))
+    whole = blake3(b"farflung blob\0" + size.to_bytes(8, "big") + chunk_bytes.to_bytes(4, "big"))
     for digest in chunk_digests:
         whole.update(digest)
     return whole.digest()
@@ -77,8 +79,31 @@ def split(data: bytes | memoryview, chunk_bytes: int) -> list[memoryview]:
     return [view[start : start + chunk_bytes] for start in range(0, len(view), chunk_bytes)]
 
 
+class ChunkHasher:
+    """Chunk digests of a stream that arrives in pieces of any size."""
+
+    def __init__(self, chunk_bytes: int) -> None:
+        self._chunk_bytes, self._room = chunk_bytes, chunk_bytes
+        self._hash, self._digests = blake3(), list[bytes]()
+
+    def feed(self, data: bytes | memoryview) -> None:
+        """The next piece."""
+        view = memoryview(data).cast("B")
+        while len(view):
+            piece, view = view[: self._room], view[self._room :]
+            self._hash.update(piece)
+            self._room -= len(piece)
+            if not self._room:
+                self._digests.append(self._hash.digest())
+                self._hash, self._room = blake3(), self._chunk_bytes
+
+    def end(self) -> list[bytes]:
+        """All chunk digests; the last chunk may be short."""
+        return self._digests + ([self._hash.digest()] if self._room < self._chunk_bytes else [])
+
+
 def describe(data: bytes | memoryview, chunk_bytes: int | None = None) -> tuple[BlobRef, list[bytes]]:
-    """The reference of `data` and its chunk digests. Costs one SHA-256 pass."""
+    """The reference of `data` and its chunk digests. Costs one BLAKE3 pass."""
     size = memoryview(data).nbytes
     chunk = chunk_bytes or choose_chunk_bytes(size)
     digests = [chunk_digest(piece) for piece in split(data, chunk)]

@@ -18,7 +18,6 @@ PROTOCOL_VERSION = 1
 RUN_ID_BYTES = 20
 MODES = ("gather",)
 TRUSTS = ("crash",)
-WEIGHT_POLICIES = ("uniform", "steps", "tokens")
 
 
 @dataclass(frozen=True)
@@ -84,11 +83,8 @@ class Genesis:
     inner_steps: int = 30
     """H: local steps per round."""
 
-    weight_policy: str = "uniform"
-    """What a member's weight claims: 1, its steps, or its tokens."""
-
-    weight_max: int = 1_000_000_000
-    """No claim counts for more."""
+    weights: str = "uniform"
+    """What a member's claims count for: "uniform", "steps(cap=500)" or "tokens(cap=100000)"; caps bound liars."""
 
     mode: str = "gather"
     """The exchange mode (DESIGN §4)."""
@@ -112,9 +108,6 @@ class Genesis:
     snapshot_rounds: int = 5
     """Every member writes the state to disk after each such round; joiners are served from it."""
 
-    max_alone_rounds: int = 2
-    """A member that sees no certificate trains on for at most this many rounds' worth of steps, then waits."""
-
     timing: Timing = field(default_factory=Timing)
 
     validation_digest: str = ""
@@ -128,8 +121,6 @@ class Genesis:
             (len(self.founder) == PUBLIC_KEY_BYTES, "founder"),
             (len(self.state_digest) == 32, "state_digest"),
             (1 <= self.inner_steps <= 1_000_000, "inner_steps"),
-            (self.weight_policy in WEIGHT_POLICIES, "weight_policy"),
-            (1 <= self.weight_max <= 1 << 48, "weight_max"),
             (self.mode in MODES, "mode"),
             (self.trust in TRUSTS, "trust"),
             (len(self.secret_digest) in (0, 32), "secret_digest"),
@@ -137,7 +128,6 @@ class Genesis:
             (1 <= self.start_members <= limits.MEMBERS_MAX, "start_members"),
             (1 <= self.quorum_percent <= 100, "quorum_percent"),
             (1 <= self.snapshot_rounds <= 10_000, "snapshot_rounds"),
-            (0 <= self.max_alone_rounds <= 1_000, "max_alone_rounds"),
             (self.version == PROTOCOL_VERSION, "version"),
         )
         for fine, what in checks:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from farflung.protocol import limits
@@ -38,13 +38,12 @@ def from_hex(value: Any, what: str, length: int) -> bytes:
 class Announcement:
     """ "This is my payload of this round." One per member and round; a second, different one is proof of cheating.
 
-    `weight` is the claim under the run's weight policy; `steps` and `tokens` are what it was made from.
+    `steps` and `tokens` are claims: the run's weight policy says what they count for, and caps it.
     `payload` is None when the member abstains.
     """
 
     public_key: bytes
     payload: BlobRef | None
-    weight: int
     steps: int
     tokens: int
     signature: bytes = b""
@@ -56,9 +55,7 @@ class Announcement:
 
     def signed(self, slot: Slot, sign: Sign) -> Announcement:
         """The same statement with the signature for one round."""
-        return Announcement(
-            self.public_key, self.payload, self.weight, self.steps, self.tokens, sign(self._signed_bytes(slot))
-        )
+        return replace(self, signature=sign(self._signed_bytes(slot)))
 
     def check(self, slot: Slot) -> None:
         """Raise PeerError unless the signature is right for this round."""
@@ -76,19 +73,17 @@ class Announcement:
             "signature": self.signature.hex(),
             "steps": self.steps,
             "tokens": self.tokens,
-            "weight": self.weight,
         }
 
     @staticmethod
     def from_json(value: Any) -> Announcement:
         """The inverse of `to_json`. Raises PeerError."""
-        if not isinstance(value, dict) or value.keys() != {"key", "payload", "signature", "steps", "tokens", "weight"}:
+        if not isinstance(value, dict) or value.keys() != {"key", "payload", "signature", "steps", "tokens"}:
             raise PeerError("?", "a malformed announcement")
         ref = value["payload"]
         return Announcement(
             public_key=from_hex(value["key"], "a key", 32),
             payload=None if ref is None else _ref_from_json(ref),
-            weight=natural(value["weight"], "a weight"),
             steps=natural(value["steps"], "steps"),
             tokens=natural(value["tokens"], "tokens"),
             signature=from_hex(value["signature"], "a signature", 64),

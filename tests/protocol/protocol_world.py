@@ -156,7 +156,7 @@ class Peer:
         data = b"payload %d of %s" % (round_index, self.peer_id.digest)
         ref, _ = blob.describe(data)
         self.disk.blobs.add(ref.digest)
-        bare = Announcement(self.identity.public_key, ref, 1, 10, 100)
+        bare = Announcement(self.identity.public_key, ref, 10, 100)
         return Own(bare.signed(machine.slot, self.identity.sign))
 
     def _carry_out(self, effects) -> None:

@@ -1,120 +1,185 @@
-"""The kernels as compiled loops. Each does what the function of the same name in `reference` says, bit for bit."""
+# ruff: noqa: D103, PLR0917 - the contracts are in `reference`; a kernel is called with everything it reads and writes
+"""The kernels as compiled loops. Each does what the function of the same name in `reference` says, bit for bit.
+
+Loops run over slices from zero, never over `array[start + j]`: numba must allow for a negative index there, and the
+loop is then not vectorised.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
+import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from farflung.aggregation.kernels.compiled import compiled
-
+F = TypeVar("F", bound=Callable[..., Any])
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
-Index = NDArray[np.signedinteger[Any]]
+Integers = NDArray[np.signedinteger[Any]]
 
 FLOAT32_MAX = np.float32(np.finfo(np.float32).max)
-LANES = 8
-"""Sums over coordinates run in this many interleaved accumulators, added up in order: part of the definition."""
+FLOAT64_MAX = np.finfo(np.float64).max
+ZERO = np.float32(0)
+
+LANES = 32
+"""Products are summed in this many interleaved accumulators, added up in order: part of what `dot` means."""
 TILE_NUMBERS = 8192
-"""Numbers the median sorts at a time: 32 KiB, within the first-level cache of anything that trains."""
+"""Numbers the median sorts at a time: 32 KiB, which any first-level cache holds. Changes speed only."""
+TILE_STEP = 2048
+"""Coordinates an outer step computes before it writes, so that it vectorises when input and output are one memory."""
+
+
+def compiled(kernel: F) -> F:
+    """Compile with numba: releases the GIL, starts no thread of its own, and rounds every operation on its own.
+
+    No `fastmath`: LLVM then neither reassociates sums nor contracts a product and a sum into one rounding. No
+    `parallel`: numba's fallback threading layer may not be entered from two threads at once, and ours are many.
+    Divisions follow IEEE 754 (`error_model="numpy"`) rather than raise. It stands in this file because numba's cache
+    looks at nothing but the kernel's own file: flags changed elsewhere would leave old machine code in use.
+    """
+    options = {"nogil": True, "error_model": "numpy", "fastmath": False, "parallel": False}
+    try:
+        return cast(F, numba.njit(cache=True, **options)(kernel))
+    except RuntimeError:  # no folder is writable for the cache: compile in every process instead
+        return cast(F, numba.njit(**options)(kernel))
 
 
 @compiled
-def add_dense(sum_w: F64, value_w: F32, weight: float) -> int:
-    wild = 0
-    for j in range(len(value_w)):
-        value = value_w[j]
-        wild += 0 if abs(value) <= FLOAT32_MAX else 1
-        sum_w[j] += weight * np.float64(value)
-    return wild
+def add_dense(sum_w: F64, value_w: F32, weight: float) -> None:
+    for j in range(len(sum_w)):
+        sum_w[j] += weight * np.float64(value_w[j])
 
 
 @compiled
-def add_sparse(sum_w: F64, index_k: Index, value_k: F32, weight: float) -> int:
-    wild, last = 0, -1
+def add_four(sum_w: F64, a_w: F32, b_w: F32, c_w: F32, d_w: F32, weight_4: F64) -> None:
+    a, b, c, d = weight_4[0], weight_4[1], weight_4[2], weight_4[3]
+    for j in range(len(sum_w)):
+        two = (sum_w[j] + a * np.float64(a_w[j])) + b * np.float64(b_w[j])
+        sum_w[j] = (two + c * np.float64(c_w[j])) + d * np.float64(d_w[j])
+
+
+@compiled
+def add_sparse(sum_w: F64, index_k: Integers, value_k: F32, weight: float) -> bool:
+    last = -1
     for k in range(len(index_k)):
-        index, value = index_k[k], value_k[k]
+        index = index_k[k]
         if index <= last or index >= len(sum_w):
-            return -1
+            return False
         last = index
-        wild += 0 if abs(value) <= FLOAT32_MAX else 1
-        sum_w[index] += weight * np.float64(value)
-    return wild
+        sum_w[index] += weight * np.float64(value_k[k])
+    return True
 
 
 @compiled
-def divide(out_w: F32, sum_w: F64, total: float) -> None:
+def divide(out_w: F32, sum_w: F64, total: float) -> bool:
+    wild = 0
     for j in range(len(out_w)):
+        wild += 0 if abs(sum_w[j]) <= FLOAT64_MAX else 1
         out_w[j] = np.float32(sum_w[j] / total)
+    return wild == 0
 
 
 @compiled
-def load_dense(block_w: F32, value_w: F32) -> int:
+def all_finite(value_w: F32) -> bool:
     wild = 0
     for j in range(len(value_w)):
-        value = value_w[j]
-        wild += 0 if abs(value) <= FLOAT32_MAX else 1
-        block_w[j] = value + np.float32(0)
-    return wild
+        wild += 0 if abs(value_w[j]) <= FLOAT32_MAX else 1
+    return wild == 0
 
 
 @compiled
-def load_sparse(block_w: F32, index_k: Index, value_k: F32) -> int:
-    block_w[:] = 0
-    wild, last = 0, -1
+def load_dense(row_w: F32, value_w: F32) -> bool:
+    wild = 0
+    for j in range(len(row_w)):
+        wild += 0 if abs(value_w[j]) <= FLOAT32_MAX else 1
+        row_w[j] = value_w[j] + ZERO
+    return wild == 0
+
+
+@compiled
+def load_sparse(row_w: F32, index_k: Integers, value_k: F32) -> bool:
+    row_w[:] = 0
+    last = -1
     for k in range(len(index_k)):
-        index, value = index_k[k], value_k[k]
-        if index <= last or index >= len(block_w):
-            return -1
+        index = index_k[k]
+        if index <= last or index >= len(row_w):
+            return False
         last = index
-        wild += 0 if abs(value) <= FLOAT32_MAX else 1
-        block_w[index] = value + np.float32(0)
-    return wild
+        row_w[index] = value_k[k] + ZERO
+    return True
 
 
 @compiled
-def median(out_w: F32, hit_n: NDArray[np.int64], block_nw: F32, comparator_c2: NDArray[np.int64]) -> None:
-    n, size = block_nw.shape
-    low, high = (n - 1) // 2, n // 2
+def _sort_tile(sorted_nt: F32, comparator_c2: Integers, size: int) -> None:
+    for c in range(len(comparator_c2)):
+        first_t, second_t = sorted_nt[comparator_c2[c, 0]], sorted_nt[comparator_c2[c, 1]]
+        for t in range(size):
+            a, b = first_t[t], second_t[t]
+            first_t[t] = a if a < b else b
+            second_t[t] = b if a < b else a
+
+
+@compiled
+def _count_hits(row_t: F32, low_t: F32, high_t: F32) -> int:
+    hits = 0
+    for t in range(len(row_t)):
+        value = row_t[t]
+        hits += (value != 0) & ((value == low_t[t]) | (value == high_t[t]))
+    return hits
+
+
+@compiled
+def median(out_w: F32, hit_n: Integers, block_nw: F32, comparator_c2: Integers) -> None:
+    n = len(block_nw)
     tile = max(TILE_NUMBERS // n, 64)
     sorted_nt = np.empty((n, tile), np.float32)
-    for start in range(0, size, tile):
-        stop = min(start + tile, size)
+    for start in range(0, len(out_w), tile):
+        stop = min(start + tile, len(out_w))
+        out_t = out_w[start:stop]
         for i in range(n):
-            sorted_nt[i, : stop - start] = block_nw[i, start:stop]
-        for c in range(len(comparator_c2)):
-            upper_t, lower_t = sorted_nt[comparator_c2[c, 0]], sorted_nt[comparator_c2[c, 1]]
-            for t in range(stop - start):
-                a, b = upper_t[t], lower_t[t]
-                upper_t[t] = a if a < b else b
-                lower_t[t] = b if a < b else a
-        low_t, high_t = sorted_nt[low], sorted_nt[high]
-        for t in range(stop - start):
-            out_w[start + t] = np.float32((np.float64(low_t[t]) + np.float64(high_t[t])) * 0.5)
+            row_t, copy_t = block_nw[i, start:stop], sorted_nt[i]
+            for t in range(len(row_t)):
+                copy_t[t] = row_t[t]
+        _sort_tile(sorted_nt, comparator_c2, stop - start)
+        low_t, high_t = sorted_nt[(n - 1) // 2], sorted_nt[n // 2]
+        for t in range(len(out_t)):
+            out_t[t] = np.float32((np.float64(low_t[t]) + np.float64(high_t[t])) * 0.5)
         for i in range(n):
-            hits = 0
-            for t in range(stop - start):
-                value = block_nw[i, start + t]
-                hits += 1 if (value != 0) & ((value == low_t[t]) | (value == high_t[t])) else 0
-            hit_n[i] += hits
+            hit_n[i] += _count_hits(block_nw[i, start:stop], low_t, high_t)
 
 
 @compiled
 def sgd(theta_out_w: F32, theta_w: F32, update_w: F32, lr: float) -> None:
-    for j in range(len(theta_w)):
-        theta_out_w[j] = np.float32(np.float64(theta_w[j]) - lr * np.float64(update_w[j]))
+    new_t = np.empty(TILE_STEP, np.float32)
+    for start in range(0, len(theta_w), TILE_STEP):
+        theta_t, update_t = theta_w[start : start + TILE_STEP], update_w[start : start + TILE_STEP]
+        out_t = theta_out_w[start : start + TILE_STEP]
+        for t in range(len(out_t)):
+            new_t[t] = np.float32(np.float64(theta_t[t]) - lr * np.float64(update_t[t]))
+        for t in range(len(out_t)):
+            out_t[t] = new_t[t]
 
 
 @compiled
 def nesterov(
     theta_out_w: F32, momentum_out_w: F32, theta_w: F32, momentum_w: F32, update_w: F32, lr: float, momentum: float
 ) -> None:
-    for j in range(len(theta_w)):
-        update = np.float64(update_w[j])
-        buffer = np.float32(momentum * np.float64(momentum_w[j]) + update)
-        theta_out_w[j] = np.float32(np.float64(theta_w[j]) - lr * (update + momentum * np.float64(buffer)))
-        momentum_out_w[j] = buffer
+    new_t, buffer_t = np.empty(TILE_STEP, np.float32), np.empty(TILE_STEP, np.float32)
+    for start in range(0, len(theta_w), TILE_STEP):
+        stop = min(start + TILE_STEP, len(theta_w))
+        theta_t, momentum_t, update_t = theta_w[start:stop], momentum_w[start:stop], update_w[start:stop]
+        for t in range(len(theta_t)):
+            update = np.float64(update_t[t])
+            buffer = np.float32(momentum * np.float64(momentum_t[t]) + update)
+            new_t[t] = np.float32(np.float64(theta_t[t]) - lr * (update + momentum * np.float64(buffer)))
+            buffer_t[t] = buffer
+        theta_out_t, momentum_out_t = theta_out_w[start:stop], momentum_out_w[start:stop]
+        for t in range(len(theta_out_t)):
+            theta_out_t[t] = new_t[t]
+        for t in range(len(momentum_out_t)):
+            momentum_out_t[t] = buffer_t[t]
 
 
 @compiled

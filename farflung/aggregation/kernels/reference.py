@@ -1,0 +1,113 @@
+# ruff: noqa: PLR0917 - a kernel is called with everything it reads and writes
+"""What the kernels mean: the same functions in torch, one rounded fp64 operation at a time.
+
+Axes: w is a window of coordinates, k the entries of a sparse row in it, n rows. Arguments that end in `_w` and come
+first are written in place. The tests hold `native` to the bits of these.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+LANES = 32
+
+
+def add_dense(sum_w: Tensor, value_w: Tensor, weight: float) -> None:
+    """Add weight x value to the fp64 sum: one rounding for the product, one for the sum."""
+    sum_w += value_w.double() * weight
+
+
+def add_four(sum_w: Tensor, a_w: Tensor, b_w: Tensor, c_w: Tensor, d_w: Tensor, weight_4: Tensor) -> None:
+    """Four times `add_dense`, in order: only saves memory traffic."""
+    for value_w, weight in zip((a_w, b_w, c_w, d_w), weight_4.tolist(), strict=True):
+        add_dense(sum_w, value_w, weight)
+
+
+def add_sparse(sum_w: Tensor, index_k: Tensor, value_k: Tensor, weight: float) -> bool:
+    """`add_dense` at strictly increasing indices. False (and nothing is promised) if they are not, or out of range."""
+    if not _ordered(index_k, len(sum_w)):
+        return False
+    sum_w[index_k.long()] += value_k.double() * weight
+    return True
+
+
+def divide(out_w: Tensor, sum_w: Tensor, total: float) -> bool:
+    """Divide in fp64, round once to fp32. False if a sum is not finite: then some row was not."""
+    out_w.copy_(sum_w / total)
+    return bool(sum_w.isfinite().all())
+
+
+def all_finite(value_w: Tensor) -> bool:
+    """Whether no value is infinite or NaN."""
+    return bool(value_w.isfinite().all())
+
+
+def load_dense(row_w: Tensor, value_w: Tensor) -> bool:
+    """Copy a row, with -0 as +0. False if a value is not finite."""
+    row_w.copy_(value_w + 0.0)
+    return all_finite(value_w)
+
+
+def load_sparse(row_w: Tensor, index_k: Tensor, value_k: Tensor) -> bool:
+    """Write a sparse row with zeros between. False if indices do not strictly increase within the window."""
+    if not _ordered(index_k, len(row_w)):
+        return False
+    row_w.zero_()
+    row_w[index_k.long()] = value_k + 0.0
+    return True
+
+
+def median(out_w: Tensor, hit_n: Tensor, block_nw: Tensor, comparator_c2: Tensor) -> None:
+    """Mean of the two middle values of each column, in fp64, rounded once; for odd n both are the same.
+
+    hit_n gains, per row, the columns in which the row's value is not zero and equals a middle value.
+    `comparator_c2` is for the compiled kernel, which sorts with a network.
+    """
+    block_nw = block_nw[:, : len(out_w)]
+    sorted_nw, n = block_nw.sort(dim=0).values, len(block_nw)
+    low_w, high_w = sorted_nw[(n - 1) // 2], sorted_nw[n // 2]
+    out_w.copy_((low_w.double() + high_w.double()) * 0.5)
+    hit_n += ((block_nw != 0) & ((block_nw == low_w) | (block_nw == high_w))).sum(1)
+
+
+def sgd(theta_out_w: Tensor, theta_w: Tensor, update_w: Tensor, lr: float) -> None:
+    """θ' = θ − η g in fp64, rounded once to fp32."""
+    theta_out_w.copy_(theta_w.double() - lr * update_w.double())
+
+
+def nesterov(
+    theta_out_w: Tensor,
+    momentum_out_w: Tensor,
+    theta_w: Tensor,
+    momentum_w: Tensor,
+    update_w: Tensor,
+    lr: float,
+    momentum: float,
+) -> None:
+    """b' = μ b + g and θ' = θ − η (g + μ b'), each in fp64 and rounded once; θ' uses b' as it is stored."""
+    update64_w = update_w.double()
+    buffer_w = (momentum * momentum_w.double() + update64_w).float()
+    new_w = theta_w.double() - lr * (update64_w + momentum * buffer_w.double())
+    theta_out_w.copy_(new_w)
+    momentum_out_w.copy_(buffer_w)
+
+
+def dot(left_w: Tensor, right_w: Tensor) -> float:
+    """Σ left x right in fp64: coordinate j goes to lane j mod 32, in order; then the lanes are added, in order."""
+    product_w = left_w.double() * right_w.double()
+    padded_w = torch.cat([product_w, product_w.new_zeros(-len(product_w) % LANES)])
+    lane_l = torch.zeros(LANES, dtype=torch.float64)
+    for part_l in padded_w.view(-1, LANES):
+        lane_l += part_l
+    total = 0.0
+    for lane in lane_l.tolist():
+        total += lane
+    return total
+
+
+def _ordered(index_k: Tensor, size: int) -> bool:
+    if not len(index_k):
+        return True
+    inside = int(index_k[0]) >= 0 and int(index_k[-1]) < size
+    return inside and bool((index_k[1:] > index_k[:-1]).all())
