@@ -8,7 +8,7 @@ from typing import TypeAlias
 from farflung.protocol.certificate import Certificate
 from farflung.protocol.identity import PeerId
 from farflung.protocol.manifest import Manifest
-from farflung.protocol.statements import Announcement
+from farflung.protocol.statements import Announcement, Slot
 from farflung.protocol.wire import Message, Promise, Proposal, Statement
 
 # -- events --
@@ -68,8 +68,9 @@ Event: TypeAlias = Tick | Heard | Own | Held | Refused | Staged | Leave
 
 @dataclass(frozen=True, slots=True)
 class Broadcast:
-    """Tell all members, and whoever asked to join."""
+    """Tell all members, and whoever asked to join. `slot` is the round the statement is about."""
 
+    slot: Slot
     statement: Statement
 
 
@@ -78,6 +79,7 @@ class Send:
     """Tell one peer."""
 
     peer: PeerId
+    slot: Slot
     statement: Statement
 
 

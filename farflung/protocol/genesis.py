@@ -6,7 +6,6 @@ import hashlib
 import hmac
 from dataclasses import dataclass, field, fields
 from functools import cached_property
-from typing import Any
 
 from farflung.protocol import limits
 from farflung.protocol.canonical import decode_canonical, encode_canonical
@@ -67,9 +66,10 @@ class Genesis:
     """The trainable tensors."""
 
     task: str = "builtin:stdlib-gpt"
-    """What is trained: a built-in task or "module:object", and its options as canonical values (floats as text)."""
+    """What is trained: a built-in task or "module:object"."""
 
-    task_options: dict[str, Any] = field(default_factory=dict)
+    task_options: str = "{}"
+    """The task's options, as JSON text."""
 
     codec: str = "ef(1)|q2"
     """How pseudo-gradients travel (DESIGN §7). Costs `bits` of the codec per parameter and round."""
@@ -82,6 +82,9 @@ class Genesis:
 
     inner_steps: int = 30
     """H: local steps per round."""
+
+    rounds: int = 0
+    """The run is over after this many; 0 = it goes on until nobody trains any more."""
 
     weights: str = "uniform"
     """What a member's claims count for: "uniform", "steps(cap=500)" or "tokens(cap=100000)"; caps bound liars."""
@@ -121,6 +124,7 @@ class Genesis:
             (len(self.founder) == PUBLIC_KEY_BYTES, "founder"),
             (len(self.state_digest) == 32, "state_digest"),
             (1 <= self.inner_steps <= 1_000_000, "inner_steps"),
+            (0 <= self.rounds <= 1_000_000_000, "rounds"),
             (self.mode in MODES, "mode"),
             (self.trust in TRUSTS, "trust"),
             (len(self.secret_digest) in (0, 32), "secret_digest"),

@@ -3,6 +3,7 @@ they must be carried out. A `Persist` must be durable before any effect after it
 
     TRAINING ── Own ──> WAITING ── certificate ──> APPLYING ── state applied ──> the next round
     FOLLOWING: not a member of this round; hears, fetches and applies like everybody else
+    DONE: the run has had its rounds; only answers those who are behind
 
 Who has spoken is in `attendance.py`, how voters agree in `ballot.py`, when a round closes in `deadline.py`.
 """
@@ -58,6 +59,7 @@ class Phase(StrEnum):
     TRAINING = "training"
     WAITING = "waiting"
     APPLYING = "applying"
+    DONE = "done"
 
 
 _ALWAYS = (Tick, Heard, Held, Refused, Staged, Leave)
@@ -66,6 +68,7 @@ ALLOWED: dict[Phase, tuple[type, ...]] = {
     Phase.TRAINING: (*_ALWAYS, Own),
     Phase.WAITING: _ALWAYS,
     Phase.APPLYING: _ALWAYS,
+    Phase.DONE: _ALWAYS,
 }
 """The whole law: what may happen in which phase. Anything else is a bug of ours."""
 
@@ -106,6 +109,10 @@ class RoundMachine:
     view_ends_s: float = math.inf
     resend_s: float = 0.0
     answered: set[PeerId] = field(default_factory=set)
+    rounds_of: dict[PeerId, int] = field(default_factory=dict)
+    """The latest round each member was heard to be in."""
+    heard_s: dict[PeerId, float] = field(default_factory=dict)
+    """When each member was last heard."""
     recent_tips: deque[bytes] = field(default_factory=lambda: deque(maxlen=RECENT_TIPS))
     deadline: AdaptiveDeadline = field(init=False)
     """How long members take to speak."""
@@ -144,6 +151,12 @@ class RoundMachine:
         return self.me.peer_id in self.parent.member_of
 
     @property
+    def behind(self) -> tuple[PeerId, ...]:
+        """Other members who have not been heard in this round yet."""
+        others = [peer for peer in self.parent.member_of if peer != self.me.peer_id]
+        return tuple(peer for peer in others if self.rounds_of.get(peer, 0) < self.round_index)
+
+    @property
     def wants_steps(self) -> bool:
         """Whether local steps of this round are wanted."""
         return self.phase is Phase.TRAINING and self.parent.started
@@ -151,12 +164,15 @@ class RoundMachine:
     @property
     def wake_s(self) -> float:
         """When the next Tick is due."""
-        waits = self.certificate is None and self.attendance.closed_s is None
+        waits = self.certificate is None and self.attendance.closed_s is None and self.phase is not Phase.DONE
         closing_s = self.attendance.closing_s(math.inf, self.deadline.value_s) if waits else math.inf
         return min(self.resend_s, self.view_ends_s, closing_s)
 
     def why_waiting(self, now_s: float) -> str:
         """One line for people: what this round waits for, and for whom."""
+        if self.phase is Phase.DONE:
+            late = ", ".join(peer.short for peer in self.behind)
+            return f"the run is over; serving {late}" if late else "the run is over"
         if self.certificate is not None:
             missing = [item.peer_id.short for item in self._missing(self.certificate.manifest)]
             return f"fetching payloads of {', '.join(missing)}" if missing else "applying the certified update"
@@ -199,7 +215,8 @@ class RoundMachine:
             case Refused(digest, why):
                 self.attendance.refused[digest] = why
             case Staged(manifest_digest, state_digest):
-                self.staging, self.staged = None, (manifest_digest, state_digest)
+                if self.staging == manifest_digest:
+                    self.staging, self.staged = None, (manifest_digest, state_digest)
             case Leave():
                 self.leaving, self.resend_s = True, now_s
             case Tick():
@@ -211,6 +228,9 @@ class RoundMachine:
 
     def _hear(self, message: Message, now_s: float) -> None:
         statement, sender = message.statement, message.sender
+        if sender in self.parent.member_of:
+            self.rounds_of[sender] = max(message.round_index, self.rounds_of.get(sender, 0))
+            self.heard_s[sender] = now_s
         if isinstance(statement, Certified):
             self._hear_certificate(sender, statement.certificate)
             return
@@ -258,7 +278,7 @@ class RoundMachine:
         """Tell a peer that is behind how its round ended; once per resend, whatever it sends."""
         if peer not in self.answered:
             self.answered.add(peer)
-            self._out.append(Send(peer, Certified(self.tip)))
+            self._out.append(Send(peer, self.slot, Certified(self.tip)))
 
     def _check(self, manifest: Manifest) -> None:
         check_manifest(
@@ -287,7 +307,8 @@ class RoundMachine:
         self.asked, self.answered = set(), set()
         self.staging = self.staged = self.certificate = None
         self.view_ends_s, self.resend_s = math.inf, now_s
-        self.phase = Phase.TRAINING if self.is_member else Phase.FOLLOWING
+        over = 0 < self.genesis.rounds <= self.parent.round_index
+        self.phase = Phase.DONE if over else Phase.TRAINING if self.is_member else Phase.FOLLOWING
 
     def _restore(self, journal: Iterable[tuple[str, object]]) -> None:
         for kind, value in journal:
@@ -311,6 +332,12 @@ class RoundMachine:
 
     def _advance(self, now_s: float) -> None:
         """Do whatever has become possible, in the one order that is safe."""
+        if self.phase is Phase.DONE:
+            if now_s >= self.resend_s:
+                self.resend_s = now_s + self.genesis.timing.resend_ms / 1e3
+                self.answered.clear()
+                self._out.append(Broadcast(self.slot, Status(0)))
+            return
         if self.certificate is None and self.attendance.watch(now_s, self.deadline.value_s):
             self.view_ends_s = now_s + self._view_s(self.ballot.view)
         self._count_votes()
@@ -343,7 +370,7 @@ class RoundMachine:
                 return
             manifest = self.attendance.draft(self.me.peer_id)
         self.ballot.proposals[view] = manifest
-        self._out += [Persist("proposal", Proposal(view, manifest)), Broadcast(Proposal(view, manifest))]
+        self._out += [Persist("proposal", Proposal(view, manifest)), Broadcast(self.slot, Proposal(view, manifest))]
 
     def _time_out(self, now_s: float) -> None:
         """Move to the next view when mine took too long, or to one in which others wait while I wait as well."""
@@ -358,7 +385,7 @@ class RoundMachine:
             promise = self.ballot.enter_view(target)
             self.ballot.hear_promise(self.me.peer_id, promise)
             self.view_ends_s = now_s + self._view_s(target)
-            self._out += [Persist("promise", promise), Broadcast(promise)]
+            self._out += [Persist("promise", promise), Broadcast(self.slot, promise)]
             self._out.append(Note(f"view {target}: now {self.ballot.proposer(target).short} proposes"))
             self._propose()
 
@@ -375,7 +402,7 @@ class RoundMachine:
             ballot.cast(view, manifest, state_digest)
             vote = self._vote(view, manifest, state_digest)
             ballot.hear_vote(self.me.peer_id, vote)
-            self._out += [Persist("vote", (view, manifest, state_digest)), Broadcast(vote)]
+            self._out += [Persist("vote", (view, manifest, state_digest)), Broadcast(self.slot, vote)]
 
     def _trial(self, manifest: Manifest) -> bytes | None:
         """The state `manifest` gives, or None while what that takes is being fetched and computed."""
@@ -384,7 +411,8 @@ class RoundMachine:
         missing = self._missing(manifest)
         self._fetch(missing)
         if not missing and self.staging != manifest.digest:
-            self.staging = manifest.digest
+            # The room for the next state holds one trial: from now on the one before is gone.
+            self.staging, self.staged = manifest.digest, None
             self._out.append(Stage(manifest))
         return None
 
@@ -416,18 +444,18 @@ class RoundMachine:
         self.answered.clear()
         ballot, view = self.ballot, self.ballot.view
         if not self.is_member and self.me.wants_in and not self.leaving:
-            self._out.append(Broadcast(self._join_request()))
+            self._out.append(Broadcast(self.slot, self._join_request()))
         if self.is_member and self.leaving:
-            self._out.append(Broadcast(self._leave_notice()))
+            self._out.append(Broadcast(self.slot, self._leave_notice()))
         if (own := self.attendance.announcements.get(self.me.peer_id)) is not None:
-            self._out.append(Broadcast(own))
+            self._out.append(Broadcast(self.slot, own))
         if ballot.my_promise is not None:
-            self._out.append(Broadcast(ballot.my_promise))
+            self._out.append(Broadcast(self.slot, ballot.my_promise))
         if ballot.votes_here and view in ballot.proposals and ballot.proposer(view) == self.me.peer_id:
-            self._out.append(Broadcast(Proposal(view, ballot.proposals[view])))
+            self._out.append(Broadcast(self.slot, Proposal(view, ballot.proposals[view])))
         if ballot.my_vote is not None:
-            self._out.append(Broadcast(self._vote(*ballot.my_vote)))
-        self._out.append(Broadcast(Status(view)))
+            self._out.append(Broadcast(self.slot, self._vote(*ballot.my_vote)))
+        self._out.append(Broadcast(self.slot, Status(view)))
 
     # -- small things -------------------------------------------------------------------------------------------------
 
@@ -436,7 +464,7 @@ class RoundMachine:
         if announcement.payload is not None:
             self.attendance.held.add(announcement.payload.digest)
         self.phase = Phase.WAITING
-        self._out += [Persist("own", announcement), Broadcast(announcement)]
+        self._out += [Persist("own", announcement), Broadcast(self.slot, announcement)]
 
     def _fetch(self, items: Iterable[Announcement]) -> None:
         for item in items:

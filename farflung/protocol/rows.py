@@ -35,7 +35,8 @@ class SparseRow(NamedTuple, Generic[Array]):
 class Rows(Protocol[Array]):
     """n rows of length d in member order (sorted by peer id), readable a window at a time.
 
-    The node's rows decode lazily from payloads, so that n x d numbers never exist at once.
+    The node's rows decode lazily from payloads, so that n x d numbers never exist at once. `window` is called from
+    several threads at once.
     """
 
     @property

@@ -169,12 +169,12 @@ class Peer:
                 world.at(world.now_s + world.draw((0.1, 8.0)), self.start)
                 return
             match effect:
-                case Broadcast(statement):
+                case Broadcast(slot, statement):
                     for other in world.peers:
                         if other is not self:
-                            world.send(self, other, statement)
-                case Send(peer, statement):
-                    world.send(self, world.peer(peer), statement)
+                            world.send(self, other, slot, statement)
+                case Send(peer, slot, statement):
+                    world.send(self, world.peer(peer), slot, statement)
                 case Persist(kind, value):
                     self.disk.journal.append((kind, value))
                 case Fetch(announcement):
@@ -264,18 +264,11 @@ class World:
     def crash_between_effects(self, peer: Peer) -> bool:
         return self.crash_rate > 0 and self.random.random() < self.crash_rate
 
-    def send(self, sender: Peer, to: Peer, statement) -> None:
+    def send(self, sender: Peer, to: Peer, slot, statement) -> None:
         if (sender.peer_id, to.peer_id) in self.cut:
             return
-        machine = sender.machine
-        message = Message(
-            sender.peer_id,
-            sender.identity.public_key,
-            self.genesis.run_id,
-            machine.round_index,
-            machine.parent.digest,
-            statement,
-        )
+        public_key = sender.identity.public_key
+        message = Message(sender.peer_id, public_key, slot.run_id, slot.round_index, slot.parent, statement)
         copies = 0 if self.random.random() < self.faults.loss else 1
         copies += self.random.random() < self.faults.double
         for _ in range(copies):

@@ -142,3 +142,11 @@ def test_the_same_seed_gives_the_same_chain():
 def test_agreement_in_a_thousand_worlds(block):
     for seed in range(1000 + 25 * block, 1025 + 25 * block):
         test_agreement_under_loss_doubling_reordering_and_crashes(seed)
+
+
+def test_a_run_ends_for_everybody_after_its_rounds():
+    world = started(World(13, 4, rounds=9, faults=Faults(loss=0.2)))
+    world.run(world.everybody_past(9))
+    world.run_for(60.0)
+    assert {world.rounds(peer) for peer in world.peers} == {9}
+    assert all(peer.machine.why_waiting(world.now_s) == "the run is over" for peer in world.peers)

@@ -1,0 +1,202 @@
+"""The anchor and the outer state: what a manifest does to them, on trial first, for good with a certificate.
+
+Four vectors of length d for Nesterov, two for sgd, all fp32 on the CPU: θ and b, and the room where the next ones are
+computed before anybody has agreed on them. The update is written straight into the room of the next θ.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from farflung.aggregation.outer import OuterOptimizer, momentum_gain
+from farflung.aggregation.registry import ParsedRule
+from farflung.aggregation.rule import Context
+from farflung.aggregation.weights import Claim, WeightPolicy
+from farflung.compression.codec import Codec
+from farflung.protocol.blob import BlobRef, ChunkHasher, blob_digest, choose_chunk_bytes, chunk_digest
+from farflung.protocol.errors import LocalError, PeerError, TooFewPeers
+from farflung.protocol.identity import PeerId
+from farflung.protocol.manifest import Manifest
+from farflung.protocol.rows import DenseRow, SparseRow, Verdict
+from farflung.protocol.schema import Schema
+
+F32 = NDArray[np.float32]
+
+
+def state_ref(size: int) -> Callable[[Sequence[bytes]], BlobRef]:
+    """How a state of `size` bytes is named as a blob, given its chunk digests."""
+    chunk = choose_chunk_bytes(size)
+    return lambda digests: BlobRef(blob_digest(size, chunk, digests), size, chunk)
+
+
+def state_digests(buffers: Sequence[F32], *, pool: ThreadPoolExecutor | None = None) -> tuple[BlobRef, list[bytes]]:
+    """The state stream (the buffers' bytes, one after the other) as a blob. Costs one BLAKE3 pass."""
+    size = sum(buffer.nbytes for buffer in buffers)
+    chunk = choose_chunk_bytes(size)
+    views = [memoryview(buffer).cast("B") for buffer in buffers]
+
+    def digest(start: int) -> bytes:
+        hasher, offset = ChunkHasher(chunk), 0
+        for view in views:
+            first, last = max(start - offset, 0), min(start + chunk - offset, len(view))
+            if first < last:
+                if last - first == chunk:
+                    return chunk_digest(view[first:last])
+                hasher.feed(view[first:last])
+            offset += len(view)
+        return hasher.end()[0]
+
+    starts = range(0, size, chunk)
+    digests = list(pool.map(digest, starts) if pool else map(digest, starts))
+    return state_ref(size)(digests), digests
+
+
+class PayloadRows:
+    """A round's payloads as rows that decode when they are read (`protocol.rows.Rows`). Reads from any thread."""
+
+    def __init__(self, codec: Codec, schema: Schema, shared: Any, round_index: int, payloads: Sequence[bytes]) -> None:
+        self._codec, self._schema, self._shared, self._round = codec, schema, shared, round_index
+        self._payloads = payloads
+
+    @property
+    def n(self) -> int:
+        """Number of payloads."""
+        return len(self._payloads)
+
+    @property
+    def d(self) -> int:
+        """Parameters."""
+        return self._schema.numel
+
+    def window(self, start: int, stop: int) -> tuple[DenseRow[Tensor] | SparseRow[Tensor], ...]:
+        """Every payload's window."""
+        decode = self._codec.decode
+        return tuple(
+            decode(payload, self._schema, self._shared, self._round, start, stop) for payload in self._payloads
+        )
+
+
+class Trial(NamedTuple):
+    """What a manifest would do: the state it leads to, each payload's verdict, and numbers for the round log."""
+
+    manifest_digest: bytes
+    ref: BlobRef
+    verdicts: dict[PeerId, Verdict]
+    numbers: dict[str, float]
+
+
+@dataclass
+class Anchor:
+    """The agreed state after `round_index`, and the room for the next one. Not thread-safe except where said."""
+
+    schema: Schema
+    codec: Codec
+    rule: ParsedRule
+    outer: OuterOptimizer
+    weights: WeightPolicy
+    theta_d: Tensor
+    shared: Any
+    round_index: int = 0
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        d = self.schema.numel
+        if self.theta_d.dtype != torch.float32 or self.theta_d.shape != (d,):
+            raise LocalError(f"an anchor of {self.theta_d.dtype} {tuple(self.theta_d.shape)} for {d} parameters")
+        keeps = self.outer.state_buffers
+        self.momentum_d: Tensor | None = torch.zeros(d) if keeps else None
+        self._next_theta_d = torch.empty(d)
+        self._next_momentum_d: Tensor | None = torch.empty(d) if keeps else None
+        self._trial: Trial | None = None
+        self.lock = threading.Lock()
+        """Held while θ is read from another thread or exchanged for the next one."""
+
+    @property
+    def buffers(self) -> dict[str, Tensor]:
+        """The outer state besides θ, in the order of the state stream."""
+        return {} if self.momentum_d is None else {"momentum": self.momentum_d}
+
+    def arrays(self) -> list[F32]:
+        """The state stream's parts."""
+        return [self.theta_d.numpy(), *(buffer.numpy() for buffer in self.buffers.values())]
+
+    def load(self, round_index: int, theta: F32, buffers: dict[str, F32]) -> None:
+        """Replace the state, for instance by a snapshot. Raises PeerError if it does not fit."""
+        if theta.shape != (self.schema.numel,) or buffers.keys() != self.buffers.keys():
+            raise PeerError("?", f"a state of {theta.shape} parameters and {sorted(buffers)}")
+        with self.lock:
+            self.theta_d.numpy()[:] = theta
+            for name, buffer in self.buffers.items():
+                buffer.numpy()[:] = buffers[name]
+            self.round_index, self._trial = round_index, None
+
+    def try_out(self, manifest: Manifest, payloads: Sequence[bytes], pool: ThreadPoolExecutor | None = None) -> Trial:
+        """Compute the state after `manifest` beside the present one.
+
+        `payloads` belong to `manifest.payloads`, in that order, and have been checked. Costs one pass over payloads
+        and state and one digest. A manifest without payloads, or with too few for the rule, leaves the state as it is.
+        """
+        if manifest.round_index != self.round_index + 1:
+            raise LocalError(f"manifest {manifest.round_index} on the state of round {self.round_index}")
+        verdicts, numbers = self._step(manifest, payloads)
+        arrays = [self._next_theta_d.numpy()]
+        if self._next_momentum_d is not None:
+            arrays.append(self._next_momentum_d.numpy())
+        ref, _ = state_digests(arrays, pool=pool)
+        self._trial = Trial(manifest.digest, ref, verdicts, numbers)
+        return self._trial
+
+    def commit(self, manifest_digest: bytes) -> Trial:
+        """Make the trial of this manifest the present state. Costs nothing."""
+        trial = self._trial
+        if trial is None or trial.manifest_digest != manifest_digest:
+            raise LocalError("a certificate for a manifest that was not the last one tried out")
+        with self.lock:
+            self.theta_d, self._next_theta_d = self._next_theta_d, self.theta_d
+            self.momentum_d, self._next_momentum_d = self._next_momentum_d, self.momentum_d
+            self.round_index, self._trial = self.round_index + 1, None
+        return trial
+
+    def _step(self, manifest: Manifest, payloads: Sequence[bytes]) -> tuple[dict[PeerId, Verdict], dict[str, float]]:
+        items = manifest.payloads
+        rows = PayloadRows(self.codec, self.schema, self.shared, manifest.round_index, payloads)
+        context = Context(manifest.round_index, out_d=self._next_theta_d, threads=self.threads)
+        try:
+            weight_n = self.weights.weigh([Claim(item.steps, item.tokens) for item in items])
+            aggregate = self.rule.rule(rows, weight_n, f=self.rule.f, context=context)
+        except TooFewPeers:
+            self._stand_still()
+            return {}, {"too_few_payloads": 1.0}
+        numbers = dict(aggregate.certificate)
+        numbers["update_norm"] = float(torch.linalg.vector_norm(aggregate.update_d, dtype=torch.float64))
+        if self.momentum_d is not None:
+            numbers["momentum_gain"] = momentum_gain(self.outer.momentum, self.momentum_d, aggregate.update_d)
+        self.outer.step(
+            self.theta_d,
+            self.momentum_d,
+            aggregate.update_d,
+            theta_out_d=self._next_theta_d,
+            momentum_out_d=self._next_momentum_d,
+            threads=self.threads,
+        )
+        return dict(zip((item.peer_id for item in items), aggregate.verdicts, strict=True)), numbers
+
+    def _stand_still(self) -> None:
+        self._next_theta_d.copy_(self.theta_d)
+        if self._next_momentum_d is not None and self.momentum_d is not None:
+            self._next_momentum_d.copy_(self.momentum_d)
+
+
+def model_sized(anchor: Anchor, others: Iterable[Tensor]) -> int:
+    """How many vectors of length d this member keeps: the documented list of docs/memory.md."""
+    vectors = [anchor.theta_d, anchor._next_theta_d, anchor.momentum_d, anchor._next_momentum_d, *others]
+    return len({vector.data_ptr() for vector in vectors if vector is not None})

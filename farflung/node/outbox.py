@@ -1,0 +1,77 @@
+"""Control messages on their way out: one short queue and one sender per peer, so that a slow peer delays nobody else.
+
+Messages are repeated by the round machine until they are answered, so one that cannot be delivered is dropped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import OrderedDict
+from collections.abc import Callable
+
+from farflung.node.runtime import Transport
+from farflung.protocol.errors import PeerError
+from farflung.protocol.identity import PeerId
+from farflung.protocol.record import PeerRecord
+
+WAITING_MAX = 32
+"""Messages waiting for one peer. A newer one of the same kind replaces the older; beyond this the oldest goes."""
+
+log = logging.getLogger(__name__)
+
+
+class Outbox:
+    """Owns one task per peer that has something to hear. `record_of` gives a peer's record, if it is known."""
+
+    def __init__(
+        self, transport: Transport, record_of: Callable[[PeerId], PeerRecord | None], deadline_s: float
+    ) -> None:
+        self._transport, self._record_of, self._deadline_s = transport, record_of, deadline_s
+        self._waiting: dict[PeerId, OrderedDict[str, bytes]] = {}
+        self._tasks: dict[PeerId, asyncio.Task[None]] = {}
+        self.unreachable: dict[PeerId, str] = {}
+        """Peers whose last message could not be delivered, and why."""
+
+    def put(self, peer: PeerId, kind: str, envelope: bytes) -> None:
+        """Send soon. `kind` names what a newer message replaces."""
+        queue = self._waiting.setdefault(peer, OrderedDict())
+        queue[kind] = envelope
+        if len(queue) > WAITING_MAX:
+            queue.popitem(last=False)
+        if peer not in self._tasks:
+            self._tasks[peer] = asyncio.create_task(self._send_all(peer), name=f"outbox {peer.short}")
+
+    async def stop(self) -> None:
+        """Drop what waits; returns when no sender runs."""
+        tasks = list(self._tasks.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def flush(self, deadline_s: float) -> None:
+        """Wait until everything was sent or dropped, at most `deadline_s`."""
+        if self._tasks:
+            await asyncio.wait(list(self._tasks.values()), timeout=deadline_s)
+
+    async def _send_all(self, peer: PeerId) -> None:
+        queue = self._waiting[peer]
+        try:
+            while queue:
+                record = self._record_of(peer)
+                if record is None:
+                    self.unreachable[peer] = "its address is not known yet"
+                    queue.clear()
+                    return
+                _, envelope = queue.popitem(last=False)
+                try:
+                    await self._transport.deliver(record, envelope, deadline_s=self._deadline_s)
+                    self.unreachable.pop(peer, None)
+                except PeerError as error:
+                    log.debug("%s refused a message: %s", peer.short, error.why)
+                    self.unreachable.pop(peer, None)
+                except (TimeoutError, ConnectionError) as error:
+                    self.unreachable[peer] = str(error) or type(error).__name__
+                    queue.clear()
+        finally:
+            del self._tasks[peer]

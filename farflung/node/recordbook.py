@@ -1,0 +1,92 @@
+"""A book of signed records. Pure: the time is an argument, and the order of merging does not matter."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from itertools import islice
+
+from farflung.protocol import limits
+from farflung.protocol.errors import PeerError
+from farflung.protocol.identity import PeerId
+from farflung.protocol.record import PeerRecord, decode_record
+
+RECORDS_MAX = 2 * limits.MEMBERS_MAX
+"""Records one book holds: every member, and as many who are on their way in or out."""
+
+AHEAD_MS_MAX = 600_000
+"""How far in the future a record may be signed: clocks of home computers are off by minutes, not by more."""
+
+LEASE_MS_MAX = 86_400_000
+"""A record is believed for a day at most, whatever it says of itself."""
+
+ANSWER_BYTES_MAX = limits.CONTROL_BYTES_MAX // 2
+"""Records in one answer: those of 256 members, about 1.3 kB each, fit."""
+
+
+class RecordBook:
+    """The newest believable record of every peer, at most RECORDS_MAX of them.
+
+    Merging is commutative, associative and idempotent: of two records of a peer the later wins (same time: the larger
+    bytes), and when there are too many, `kept` peers stay, then those issued last. The caller sets `kept` to the
+    members of the run, so that a crowd of strangers cannot push them out.
+    """
+
+    def __init__(self, run_id: bytes) -> None:
+        self.run_id = run_id
+        self.kept: Collection[PeerId] = frozenset()
+        self._held: dict[PeerId, tuple[PeerRecord, bytes]] = {}
+
+    def add(self, data: bytes, unix_ms: int) -> PeerRecord:
+        """Merge one encoded record; returns it. Raises PeerError if it is forged, expired or from the far future."""
+        record = decode_record(data, run_id=self.run_id)
+        if not _current(record, unix_ms):
+            raise PeerError(record.peer_id.short, f"a record issued {unix_ms - record.issued_ms} ms ago")
+        held = self._held.get(record.peer_id)
+        if held is None or (held[0].issued_ms, held[1]) < (record.issued_ms, data):
+            self._held[record.peer_id] = (record, data)
+            self._trim()
+        return record
+
+    def merge(self, records: Iterable[bytes], unix_ms: int) -> list[PeerRecord]:
+        """Merge encoded records; returns the good ones. Bad ones are dropped, and what comes after RECORDS_MAX."""
+        known = {data: record for record, data in self._live(unix_ms)}  # checked already: a signature costs 0.1 ms
+        good: list[PeerRecord] = []
+        for data in islice(records, RECORDS_MAX):
+            try:
+                good.append(known.get(data) or self.add(data, unix_ms))
+            except PeerError:
+                continue
+        return good
+
+    def _trim(self) -> None:
+        if len(self._held) > RECORDS_MAX:
+            last = min(self._held.values(), key=lambda one: (one[0].peer_id in self.kept, one[0].issued_ms, one[1]))
+            del self._held[last[0].peer_id]
+
+    def _live(self, unix_ms: int) -> list[tuple[PeerRecord, bytes]]:
+        self._held = {peer: one for peer, one in self._held.items() if _current(one[0], unix_ms)}
+        return [self._held[peer] for peer in sorted(self._held)]
+
+    def live(self, unix_ms: int) -> list[PeerRecord]:
+        """Records whose lease runs, by peer id."""
+        return [record for record, _ in self._live(unix_ms)]
+
+    def encoded(self, unix_ms: int, *, first: PeerId | None = None) -> list[bytes]:
+        """The same as bytes, `first`'s at the front, cut at ANSWER_BYTES_MAX."""
+        answer: list[bytes] = []
+        room = ANSWER_BYTES_MAX
+        for _, data in sorted(self._live(unix_ms), key=lambda one: one[0].peer_id != first):
+            room -= len(data)
+            if room < 0:
+                break
+            answer.append(data)
+        return answer
+
+
+def expires_ms(record: PeerRecord) -> int:
+    """Unix time until which a record is believed."""
+    return record.issued_ms + min(record.lease_ms, LEASE_MS_MAX)
+
+
+def _current(record: PeerRecord, unix_ms: int) -> bool:
+    return record.issued_ms - AHEAD_MS_MAX <= unix_ms < expires_ms(record)

@@ -1,0 +1,565 @@
+"""One peer: the thin shell that carries out what the round machine decides.
+
+One task works through the inbox: event in, effects out, carried out in order, so that nothing is said before it is on
+disk. Fetching payloads and trying out manifests run beside it and come back as events. Everything the shell touches is
+given to it (`runtime.py`), so the simulator runs the same code.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from farflung.node.anchor import Anchor
+from farflung.node.audit import Audit
+from farflung.node.blobs import BlobExchange
+from farflung.node.data import RoundView
+from farflung.node.entries import decode_entry, encode_entry
+from farflung.node.mailbox import Adopt, Hurry, LocalResult, Mailbox, Stop
+from farflung.node.outbox import Outbox
+from farflung.node.peers import Peers
+from farflung.node.runtime import Clock, Holding, Transport
+from farflung.node.screen import Screen
+from farflung.node.state_sync import StateSync, read_payloads
+from farflung.node.store import RunStore
+from farflung.protocol import limits
+from farflung.protocol.blob import BlobRef, describe
+from farflung.protocol.certificate import Certificate, check_certificate, decode_certificate
+from farflung.protocol.effects import (
+    Apply,
+    Broadcast,
+    CatchUp,
+    Effect,
+    Event,
+    Fetch,
+    Heal,
+    Heard,
+    Held,
+    Leave,
+    Note,
+    Own,
+    Persist,
+    Refused,
+    Send,
+    Stage,
+    Staged,
+    Tick,
+)
+from farflung.protocol.errors import FarflungError, LocalError, PeerError
+from farflung.protocol.genesis import Genesis
+from farflung.protocol.identity import Identity, PeerId
+from farflung.protocol.manifest import Manifest
+from farflung.protocol.round import Phase, RoundMachine, Self
+from farflung.protocol.rows import Reason, Verdict
+from farflung.protocol.statements import Announcement, Slot
+from farflung.protocol.wire import Certified, Message, Statement, decode_message, encode_message
+
+log = logging.getLogger(__name__)
+
+INBOX_MAX = 4096
+"""Events waiting for the machine. A member of 256 hears some thousand messages a round; more than this is a flood."""
+
+CALL_S = 10.0
+"""How long one control call may take."""
+
+FLUSH_S = 1.0
+"""How long a leaver's last messages may take."""
+
+
+@dataclass
+class Parts:
+    """What a node is made of."""
+
+    genesis: Genesis
+    identity: Identity
+    secret: bytes
+    store: RunStore
+    transport: Transport
+    exchange: BlobExchange
+    peers: Peers
+    anchor: Anchor
+    clock: Clock
+    mailbox: Mailbox
+    audit: Audit
+
+
+class Node:
+    """A member, or somebody on the way to become one. `run` lives until `leave`, the run's end, or an error."""
+
+    def __init__(self, parts: Parts) -> None:
+        self.parts = parts
+        self.genesis, self.store, self.anchor, self.clock = parts.genesis, parts.store, parts.anchor, parts.clock
+        self.me = parts.identity.peer_id
+        self.outbox = Outbox(parts.transport, parts.peers.record_of, CALL_S)
+        self.sync = StateSync(parts.genesis, parts.store, parts.exchange, parts.peers, parts.transport, parts.anchor)
+        self.machine: RoundMachine | None = None
+        self.private, _ = self.anchor.codec.init(self.anchor.schema)
+        self.screen = Screen()
+        self._inbox: asyncio.Queue[Event] = asyncio.Queue(INBOX_MAX)
+        self._pool = ThreadPoolExecutor(max(2, self.anchor.threads), thread_name_prefix="farflung")
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._fetching: dict[bytes, asyncio.Task[None]] = {}
+        self._trying = asyncio.Lock()
+        self._snapshot: asyncio.Task[None] | None = None
+        self._catching_up = False
+        self._ahead: dict[int, Certificate] = {}
+        self._speaking: LocalResult | None = None
+        """A local result between its arrival here and its announcement."""
+        self._keep = True
+        """Whether training's next adoption keeps what it has beyond the old anchor: true unless it was sent."""
+        self._announced = self._hurried = 0
+        """The latest round in which this was done."""
+        self._left = asyncio.Event()
+        self._lost = asyncio.Event()
+        self._failed: asyncio.Future[None] | None = None
+
+    # -- life ---------------------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Reach the tip, take part until the end, and close nothing: what was given belongs to the caller.
+
+        Raises what went wrong: LocalError for our bugs, ConfigError for a full disk and the like.
+        """
+        self._failed = asyncio.get_running_loop().create_future()
+        try:
+            self.private = await self._in_thread(self._restore_private)
+            while not self._left.is_set():
+                tip = await self.sync.reach_tip(self._pool)
+                for source in self.sync.kept_sources():
+                    self.parts.exchange.offer(source)
+                await self._enter(tip)
+                await self._take_part()
+            await self.outbox.flush(FLUSH_S)
+        finally:
+            await self._end()
+
+    async def _take_part(self) -> None:
+        """Work until this member has left, or is so far behind that fetching the state again is quicker."""
+        self._lost.clear()
+        assert self._failed is not None
+        waits = [asyncio.ensure_future(wait) for wait in (self._work(), self._left.wait(), self._lost.wait())]
+        try:
+            await asyncio.wait({*waits, self._failed}, return_when=asyncio.FIRST_COMPLETED)
+            for ended in (waits[0], self._failed):
+                if ended.done():
+                    await ended
+        finally:
+            for wait in waits:
+                wait.cancel()
+            await asyncio.gather(*waits, return_exceptions=True)
+
+    def leave(self) -> None:
+        """Ask to be released politely; `run` returns when the next manifest does so."""
+        self._give(Leave())
+
+    def local_result(self, result: LocalResult) -> None:
+        """From training: the local phase of a round is over. Answered by a notice in the mailbox."""
+        self._spawn(self._speak(result), f"encode {result.round_index}")
+
+    async def _end(self) -> None:
+        tasks = [*self._tasks]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self.outbox.stop()
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    async def _enter(self, tip: Certificate) -> None:
+        """Start the machine from the tip on disk, with what this round's journal remembers."""
+        identity, codec, schema = self.parts.identity, self.anchor.codec, self.anchor.schema
+        me = Self(
+            peer_id=self.me,
+            public_key=identity.public_key,
+            sign=identity.sign,
+            payload_bytes_max=int(codec.bits(schema) * schema.numel / 8) + limits.PAYLOAD_OVERHEAD_BYTES,
+            secret=self.parts.secret,
+        )
+        machine = RoundMachine(self.genesis, me, tip)
+        journal = self.store.journal
+        if journal.round_index != machine.round_index:
+            self.store.begin_round(machine.round_index)
+        self.machine = machine
+        self.parts.peers.wanted = self._audience
+        await self._carry_out(machine.begin(self.clock.now_s(), [decode_entry(*entry) for entry in journal.read()]))
+        self._welcome()
+
+    # -- the one loop -------------------------------------------------------------------------------------------------
+
+    async def _work(self) -> None:
+        machine = self.machine
+        assert machine is not None
+        while True:
+            wait_s = max(0.0, machine.wake_s - self.clock.now_s())
+            try:
+                event: Event = await asyncio.wait_for(self._inbox.get(), wait_s)
+            except TimeoutError:
+                event = Tick()
+            if isinstance(event, Own) and not self._in_time():
+                self._settle(Verdict(0.0, Reason.LATE))
+                self._welcome()
+                continue
+            before = machine.round_index
+            try:
+                effects = machine.handle(event, self.clock.now_s())
+            except PeerError as error:
+                self.parts.audit.refused(error.peer, error.why, round_index=before)
+                continue
+            await self._carry_out(effects)
+            self._after(before)
+
+    async def _carry_out(self, effects: Sequence[Effect]) -> None:
+        for effect in effects:
+            if isinstance(effect, Persist):
+                await self._in_thread(self.store.journal.record, effect.kind, encode_entry(effect))
+            elif isinstance(effect, Apply):
+                await self._apply(effect.certificate)
+            else:
+                self._carry_out_now(effect)
+
+    def _carry_out_now(self, effect: Effect) -> None:
+        match effect:
+            case Broadcast(slot, statement):
+                envelope = self._envelope(slot, statement)
+                for peer in self._audience():
+                    self.outbox.put(peer, type(statement).__name__, envelope)
+            case Send(peer, slot, statement):
+                self.outbox.put(peer, type(statement).__name__, self._envelope(slot, statement))
+            case Fetch(announcement):
+                self._fetch(announcement)
+            case Stage(manifest):
+                self._spawn(self._try_out(manifest), f"try out {manifest.round_index}")
+            case Heal(certificate):
+                self._spawn(self._heal(certificate), f"heal {certificate.manifest.round_index}")
+            case CatchUp(peer, round_index):
+                self._catch_up(peer, round_index)
+            case Note(text):
+                self.parts.audit.note(text, round_index=self._round)
+
+    def _after(self, before: int) -> None:
+        """What a change of round or phase means outside the machine."""
+        machine = self.machine
+        assert machine is not None
+        if machine.round_index != before:
+            if (certificate := self._ahead.pop(machine.round_index, None)) is not None:
+                self._give(self._certified(certificate))
+            self._welcome()
+        over = machine.phase is Phase.DONE and not machine.behind
+        if over or (machine.leaving and not machine.is_member):
+            self._left.set()
+        self._maybe_hurry(machine)
+
+    def _maybe_hurry(self, machine: RoundMachine) -> None:
+        """A quorum has spoken and half of the grace window is over: training should send what it has."""
+        since_s = machine.attendance.quorum_since_s
+        if since_s is None or not machine.wants_steps or self._speaking or self._hurried == machine.round_index:
+            return
+        if self.clock.now_s() >= since_s + self.genesis.timing.grace_ms / 2e3:
+            self._hurried = machine.round_index
+            self.parts.mailbox.post(Hurry(machine.round_index))
+
+    # -- the trainer's side -------------------------------------------------------------------------------------------
+
+    def _welcome(self) -> None:
+        """Tell training that there is an anchor to start from, once this node is a member and training has begun."""
+        machine = self.machine
+        assert machine is not None
+        if machine.phase is Phase.DONE:
+            self.parts.mailbox.post(Adopt(self._view(), keep=self._keep))
+            self.parts.mailbox.post(Stop())
+        elif machine.wants_steps and self._speaking is None:
+            self.parts.mailbox.post(Adopt(self._view(), keep=self._keep))
+            self._keep = True
+
+    def _view(self) -> RoundView:
+        machine = self.machine
+        assert machine is not None
+        members = tuple(machine.parent.member_of)
+        return RoundView(self.genesis.run_id, machine.round_index, machine.parent.digest, self.me, members)
+
+    async def _speak(self, result: LocalResult) -> None:
+        """Encode, put on disk, announce; or abstain. A result that comes too late has its answer in the mailbox."""
+        machine = self.machine
+        assert machine is not None
+        if machine.round_index != result.round_index or not machine.wants_steps:
+            return
+        self._speaking = result
+        slot, key = machine.slot, self.parts.identity.public_key
+        why = self.screen.refuse(float(torch.linalg.vector_norm(result.delta_d, dtype=torch.float64)))
+        if why is None:
+            ref = await self._in_thread(self._encode, result)
+            bare = Announcement(key, ref, result.steps, result.tokens)
+        else:
+            self.parts.audit.note(f"abstains: {why}", round_index=result.round_index)
+            bare = Announcement(key, None, 0, 0)
+        self.parts.audit.spoke(result, bare.payload)
+        await self._inbox.put(Own(bare.signed(slot, self.parts.identity.sign)))
+
+    def _encode(self, result: LocalResult) -> BlobRef:
+        codec = self.anchor.codec
+        payload, self.private = codec.encode(result.delta_d, self.private, self.anchor.shared, result.round_index)
+        ref, digests = describe(payload)
+        tensors = codec.private_tensors(self.private)
+        if tensors:
+            self.store.write_local(tensors, {"codec": codec.spec, "round": result.round_index})
+        source = self.store.put(payload, ref, digests)
+        self._call(self.parts.exchange.offer, source)
+        return ref
+
+    def _in_time(self) -> bool:
+        """Whether the result being announced is still of this round; from here on it is out of training's hands."""
+        machine, result = self.machine, self._speaking
+        assert machine is not None
+        if result is None or result.round_index != machine.round_index or not machine.wants_steps:
+            return False
+        self._speaking, self._announced = None, machine.round_index
+        return True
+
+    def _settle(self, verdict: Verdict) -> None:
+        """What the certificate did with my own row decides what is kept of it, here and in the parameters."""
+        self._speaking = None
+        self.private = self.anchor.codec.observe(self.private, verdict)
+        remembers = bool(self.anchor.codec.private_tensors(self.private))
+        self._keep = verdict.reason is Reason.LATE and not remembers
+
+    # -- payloads -----------------------------------------------------------------------------------------------------
+
+    def _fetch(self, announcement: Announcement) -> None:
+        ref = announcement.payload
+        assert ref is not None
+        if ref.digest not in self._fetching:
+            task = self._spawn(self._get_payload(announcement, ref), f"fetch {ref.short}")
+            self._fetching[ref.digest] = task
+
+    async def _get_payload(self, announcement: Announcement, ref: BlobRef) -> None:
+        peer, round_index = announcement.peer_id, self._round
+        source = self.store.blob(ref.digest)
+        if source is None:
+            await self.parts.exchange.fetch(ref, origin=peer, peers=self.parts.peers.members)
+            source = self.store.blob(ref.digest)
+            if source is None:
+                raise LocalError(f"a fetched payload is not on disk: {ref.short}")
+        self.parts.exchange.offer(source)
+        codec, schema = self.anchor.codec, self.anchor.schema
+        try:
+            await self._in_thread(codec.check, bytes(source.map()), schema, self.anchor.shared, round_index)
+        except PeerError as error:
+            self.parts.audit.refused(peer.short, f"payload {ref.short}: {error.why}", round_index=round_index)
+            await self._inbox.put(Refused(ref.digest, error.why))
+            return
+        self.parts.audit.arrived(peer, ref)
+        await self._inbox.put(Held(ref.digest))
+
+    # -- the state ----------------------------------------------------------------------------------------------------
+
+    async def _try_out(self, manifest: Manifest) -> None:
+        machine = self.machine
+        assert machine is not None
+        async with self._trying:
+            if machine.staging != manifest.digest:
+                return
+            if self._snapshot is not None:
+                await self._snapshot
+            trial = await self._in_thread(lambda: self.anchor.try_out(manifest, read_payloads(self.store, manifest)))
+            await self._inbox.put(Staged(manifest.digest, trial.ref.digest))
+
+    async def _apply(self, certificate: Certificate) -> None:
+        manifest = certificate.manifest
+        await self._in_thread(self.store.append_certificate, manifest.round_index, certificate.canonical_bytes)
+        await self._in_thread(self.store.begin_round, manifest.round_index + 1)
+        trial = self.anchor.commit(manifest.digest)
+        mine = next((item for item in manifest.announcements if item.peer_id == self.me), None)
+        if mine is not None or self._announced == manifest.round_index:
+            abstained = mine is not None and mine.payload is None
+            otherwise = Verdict(0.0, Reason.ABSTAINED if abstained else Reason.LATE)
+            self._settle(trial.verdicts.get(self.me, otherwise))
+        self.parts.audit.certified(certificate, trial, counted=mine is not None)
+        self._forget_fetches()
+        if manifest.round_index % self.genesis.snapshot_rounds == 0 or manifest.round_index == self.genesis.rounds:
+            self._snapshot = self._spawn(self._take_snapshot(manifest.round_index), "snapshot")
+
+    def _forget_fetches(self) -> None:
+        for task in self._fetching.values():
+            task.cancel()
+        self._fetching.clear()
+
+    async def _take_snapshot(self, round_index: int) -> None:
+        theta, buffers = self.anchor.theta_d, self.anchor.buffers
+        await self._in_thread(self.store.write_snapshot, round_index, theta, buffers)
+        source = self.store.snapshot_source(round_index)
+        assert source is not None
+        self.parts.exchange.offer(source)
+        for digest in await self._in_thread(self.sync.prune, round_index):
+            self.parts.exchange.forget(digest)
+
+    async def _heal(self, certificate: Certificate) -> None:
+        """My trial differed from what a quorum signed: recompute it from disk, and if that fails too, stop."""
+        index = certificate.manifest.round_index
+        self.parts.audit.note("my state differs from the certified one; healing", round_index=index)
+        async with self._trying:
+            await self._in_thread(self.sync.reload, index - 1)
+            manifest = certificate.manifest
+            trial = await self._in_thread(lambda: self.anchor.try_out(manifest, read_payloads(self.store, manifest)))
+            if trial.ref.digest != certificate.state_digest:
+                raise LocalError(
+                    f"round {index}: this machine computes state {trial.ref.short}, the swarm certified "
+                    f"{certificate.state_digest.hex()[:8]}, twice; its arithmetic or its disk is not sound"
+                )
+            await self._inbox.put(Staged(manifest.digest, trial.ref.digest))
+
+    def _restore_private(self) -> Any:
+        codec, schema = self.anchor.codec, self.anchor.schema
+        saved, problem = self.store.read_local()
+        if problem:
+            self.parts.audit.note(f"own state: {problem}", round_index=self.anchor.round_index)
+        if saved is not None and saved.meta.get("codec") == codec.spec:
+            return codec.restore_private(schema, saved.tensors)
+        return codec.init(schema)[0]
+
+    # -- catching up --------------------------------------------------------------------------------------------------
+
+    def _catch_up(self, peer: PeerId, round_index: int) -> None:
+        if not self._catching_up and round_index not in self._ahead:
+            self._catching_up = True
+            self._spawn(self._get_chain(peer), f"catch up from {peer.short}")
+
+    async def _get_chain(self, peer: PeerId) -> None:
+        """Fetch the certificates we lack and feed them to the machine one by one, each when its round has come."""
+        machine = self.machine
+        assert machine is not None
+        try:
+            record = self.parts.peers.record_of(peer)
+            if record is None:
+                return
+            chain, tip = await self.parts.transport.chain(record, machine.round_index, deadline_s=CALL_S)
+            if tip - machine.round_index > self.genesis.snapshot_rounds:
+                self._lost.set()
+                return
+            parent, limit = machine.parent, machine.me.payload_bytes_max
+            for data in chain:
+                certificate = decode_certificate(data, peer=peer.short)
+                check_certificate(certificate, parent, self.genesis, payload_bytes_max=limit)
+                self._ahead[certificate.manifest.round_index] = certificate
+                parent = certificate.manifest
+            if (first := self._ahead.pop(machine.round_index, None)) is not None:
+                await self._inbox.put(self._certified(first))
+        except (PeerError, TimeoutError, ConnectionError) as error:
+            self.parts.audit.note(f"catching up from {peer.short}: {error}", round_index=machine.round_index)
+        finally:
+            self._catching_up = False
+            self._ahead = {at: item for at, item in self._ahead.items() if at >= machine.round_index}
+
+    def _certified(self, certificate: Certificate) -> Heard:
+        manifest = certificate.manifest
+        statement = Certified(certificate)
+        key = self.parts.identity.public_key
+        return Heard(Message(self.me, key, self.genesis.run_id, manifest.round_index, manifest.parent, statement))
+
+    # -- what peers ask (runtime.Service) -----------------------------------------------------------------------------
+
+    async def on_envelope(self, envelope: bytes) -> None:
+        """A signed control message: checked here, believed or not by the machine."""
+        if self.machine is None:
+            raise PeerError("?", "not ready yet")
+        try:
+            message = decode_message(envelope, self.genesis.run_id)
+        except PeerError as error:
+            self.parts.audit.refused(error.peer, error.why, round_index=self._round)
+            raise
+        if self._inbox.full():
+            raise PeerError(message.sender.short, "too many messages at once")
+        self._inbox.put_nowait(Heard(message))
+
+    async def on_records(self, run_id: bytes, records: Sequence[bytes]) -> Sequence[bytes]:
+        """Peer records."""
+        return self.parts.peers.on_records(run_id, records)
+
+    async def on_genesis(self, run_id: bytes) -> bytes:
+        """Canonical genesis bytes."""
+        self._check_run(run_id)
+        return self.genesis.canonical_bytes
+
+    async def on_chain(self, run_id: bytes, from_round: int) -> tuple[Sequence[bytes], int]:
+        """Certificates, oldest first, within what one message holds."""
+        self._check_run(run_id)
+        chain: list[bytes] = []
+        room = limits.CONTROL_BYTES_MAX
+        for index in range(from_round, from_round + limits.CHAIN_ANSWER_MAX):
+            data = self.store.certificate(index)
+            if data is None or (chain and len(data) > room):
+                break
+            chain.append(data)
+            room -= len(data)
+        return chain, self.store.certificates.next_round - 1
+
+    async def on_snapshot(self, run_id: bytes) -> tuple[int, BlobRef]:
+        """The newest state on disk."""
+        self._check_run(run_id)
+        snapshot = self.store.latest_snapshot()
+        if snapshot is None:
+            raise PeerError("?", "no snapshot here yet")
+        return snapshot.round_index, snapshot.ref
+
+    def on_watch(self, run_id: bytes) -> AsyncIterator[Sequence[Holding]]:
+        """What blobs are here."""
+        self._check_run(run_id)
+        return self.parts.exchange.on_watch(run_id)
+
+    def on_fetch(self, run_id: bytes, digest: bytes, chunks: Sequence[int]) -> AsyncIterator[tuple[int, bytes]]:
+        """Chunks of a blob."""
+        self._check_run(run_id)
+        return self.parts.exchange.on_fetch(run_id, digest, chunks)
+
+    # -- small things -------------------------------------------------------------------------------------------------
+
+    @property
+    def _round(self) -> int:
+        return self.machine.round_index if self.machine is not None else self.anchor.round_index
+
+    def _check_run(self, run_id: bytes) -> None:
+        if run_id != self.genesis.run_id:
+            raise PeerError("?", f"asks about another run: {run_id.hex()[:8]}")
+
+    def _audience(self) -> set[PeerId]:
+        """Who should hear what this member says: the round's members, and those who ask to become some."""
+        machine = self.machine
+        assert machine is not None
+        return ({*machine.parent.member_of} | {*machine.attendance.joins}) - {self.me}
+
+    def _envelope(self, slot: Slot, statement: Statement) -> bytes:
+        return encode_message(self.parts.identity, slot.run_id, slot.round_index, slot.parent, statement)
+
+    def _give(self, event: Event) -> None:
+        self._spawn(self._inbox.put(event), type(event).__name__)
+
+    def _call(self, function: Callable[..., None], *arguments: Any) -> None:
+        """From a worker thread: run on the loop."""
+        self._loop.call_soon_threadsafe(function, *arguments)
+
+    @property
+    def _loop(self) -> asyncio.AbstractEventLoop:
+        assert self._failed is not None
+        return self._failed.get_loop()
+
+    async def _in_thread(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._pool, function, *arguments)
+
+    def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+        """A task of this node: awaited or cancelled at the end; an error in it ends the node."""
+        task = asyncio.create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._reap)
+        return task
+
+    def _reap(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            if isinstance(error, FarflungError):
+                log.debug("task %s: %s", task.get_name(), error)
+            if self._failed is not None and not self._failed.done():
+                self._failed.set_exception(error)

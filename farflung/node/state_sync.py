@@ -1,0 +1,293 @@
+"""How a member reaches the tip: the chain, then a state it can check, then the rounds since, replayed.
+
+A joiner fetches certificates from genesis on and checks every one. The state comes from its own disk, from θ₀ if it
+built the same model, or as a snapshot in hash-checked chunks from all members that have it; payloads of the rounds
+since are fetched and applied like everybody did. Members serve from disk and go on training.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from farflung.node.anchor import Anchor, state_digests
+from farflung.node.blobs import BlobExchange, BlobSource
+from farflung.node.peers import Peers
+from farflung.node.runtime import Transport
+from farflung.node.store import RunStore
+from farflung.protocol import limits
+from farflung.protocol.blob import BlobRef, choose_chunk_bytes
+from farflung.protocol.certificate import Certificate, check_certificate, decode_certificate
+from farflung.protocol.errors import ConfigError, LocalError, PeerError, TooFewPeers
+from farflung.protocol.genesis import Genesis
+from farflung.protocol.manifest import Manifest
+from farflung.protocol.record import PeerRecord
+
+log = logging.getLogger(__name__)
+
+CALL_S = 10.0
+"""How long one control call may take."""
+
+FIND_S = 60.0
+"""How long a joiner looks for any member before it gives up."""
+
+ROUNDS_BEHIND_MAX = 2
+"""A joiner this close to the tip leaves the rest to the round machine, which follows as it goes."""
+
+
+@dataclass
+class StateSync:
+    """One member's way to the tip. The anchor is loaded in place."""
+
+    genesis: Genesis
+    store: RunStore
+    exchange: BlobExchange
+    peers: Peers
+    transport: Transport
+    anchor: Anchor
+    progress: Callable[[str, float], None] = lambda text, share: None
+    """Told what is being fetched and how much of it is here (0..1)."""
+
+    async def reach_tip(self, pool: ThreadPoolExecutor) -> Certificate:
+        """Bring chain and anchor to the newest round that can be had; returns its certificate.
+
+        Raises TooFewPeers if nobody could be reached and the disk has no chain either, PeerError if what was fetched
+        does not lead from genesis to a state that its certificate names.
+        """
+        while True:
+            tip = await self._reach_chain_tip()
+            await self._reach_state(tip, pool)
+            newest = await self._reach_chain_tip()
+            if newest.manifest.round_index - tip.manifest.round_index <= ROUNDS_BEHIND_MAX:
+                if newest.manifest.round_index > tip.manifest.round_index:
+                    await self._replay(tip.manifest.round_index, newest.manifest.round_index, pool)
+                return newest
+
+    # -- the chain ----------------------------------------------------------------------------------------------------
+
+    @property
+    def _payload_bytes_max(self) -> int:
+        codec, schema = self.anchor.codec, self.anchor.schema
+        return int(codec.bits(schema) * schema.numel / 8) + limits.PAYLOAD_OVERHEAD_BYTES
+
+    def certificate(self, round_index: int) -> Certificate:
+        """A certificate from disk. Raises LocalError if it is not there."""
+        data = self.store.certificate(round_index)
+        if data is None:
+            raise LocalError(f"certificate {round_index} is not on disk")
+        return decode_certificate(data)
+
+    async def _reach_chain_tip(self) -> Certificate:
+        """Fetch and check certificates until nobody has a newer one."""
+        have = self.store.certificates.next_round
+        tried = []
+        for record in await self._callable(alone_ok=have > 0):
+            try:
+                await self._extend_chain(record)
+            except (PeerError, TimeoutError, ConnectionError) as error:
+                tried.append(f"{record.peer_id.short}: {error or type(error).__name__}")
+        have = self.store.certificates.next_round
+        if have == 0:
+            raise TooFewPeers(f"no member could give the run's certificates ({'; '.join(tried) or 'none is known'})")
+        return self.certificate(have - 1)
+
+    async def _callable(self, *, alone_ok: bool) -> list[PeerRecord]:
+        known = self.peers.others()
+        if known or alone_ok:
+            return known
+        try:
+            return await self.peers.wait_for_others(FIND_S)
+        except TimeoutError:
+            raise TooFewPeers(f"no member of the run was found in {FIND_S:.0f} s") from None
+
+    async def _extend_chain(self, record: PeerRecord) -> None:
+        while True:
+            start = self.store.certificates.next_round
+            parent = self.certificate(start - 1).manifest if start else None
+            chain, tip = await self.transport.chain(record, start, deadline_s=CALL_S)
+            if not chain:
+                return
+            for data in chain:
+                certificate = decode_certificate(data, peer=record.peer_id.short)
+                check_certificate(certificate, parent, self.genesis, payload_bytes_max=self._payload_bytes_max)
+                parent = certificate.manifest
+                self.store.append_certificate(parent.round_index, data)
+            self.progress("certificates", parent.round_index / max(tip, 1) if parent else 0.0)
+
+    # -- the state ----------------------------------------------------------------------------------------------------
+
+    async def _reach_state(self, tip: Certificate, pool: ThreadPoolExecutor) -> None:
+        goal = tip.manifest.round_index
+        start = await self._in(pool, self._load_best_here, goal)
+        if start is None or self._replay_bytes(start, goal) > self._state_size:
+            offer = await self._best_snapshot(after=-1 if start is None else start, goal=goal)
+            if offer is not None:
+                start = await self._fetch_snapshot(*offer, pool)
+        if start is None:
+            raise TooFewPeers("no member could give a state to start from")
+        await self._replay(start, goal, pool)
+
+    def _load_best_here(self, goal: int) -> int | None:
+        """The newest state this machine has: what the anchor holds, a snapshot, or θ₀."""
+        held = self.anchor.round_index
+        if 0 < held <= goal and self._matches(held):
+            return held
+        snapshot = self.store.latest_snapshot()
+        if snapshot is not None and snapshot.round_index <= goal:
+            expected = self.certificate(snapshot.round_index).state_digest
+            if snapshot.ref.digest == expected:
+                self.anchor.load(snapshot.round_index, *snapshot.load())
+                return snapshot.round_index
+        return 0 if self.anchor.round_index == 0 and self._matches(0) else None
+
+    def reload(self, round_index: int) -> None:
+        """Recompute the state of a round from the newest snapshot before it and the payloads on disk.
+
+        Raises PeerError if the disk does not hold what that takes.
+        """
+        snapshot = next((s for s in map(self.store.snapshots.at, range(round_index, -1, -1)) if s is not None), None)
+        if snapshot is None:
+            raise PeerError("?", f"no snapshot from before round {round_index} to recompute from")
+        self.anchor.load(snapshot.round_index, *snapshot.load())
+        for index in range(snapshot.round_index + 1, round_index + 1):
+            self._apply(self.certificate(index))
+
+    def _matches(self, round_index: int) -> bool:
+        ref, _ = state_digests(self.anchor.arrays())
+        return ref.digest == self.certificate(round_index).state_digest
+
+    @property
+    def _state_size(self) -> int:
+        return sum(array.nbytes for array in self.anchor.arrays())
+
+    def _replay_bytes(self, start: int, goal: int) -> int:
+        """Bytes of payloads that replaying would fetch."""
+        total = 0
+        for index in range(start + 1, goal + 1):
+            for item in self.certificate(index).manifest.payloads:
+                if item.payload is not None and self.store.blob(item.payload.digest) is None:
+                    total += item.payload.size
+        return total
+
+    async def _best_snapshot(self, *, after: int, goal: int) -> tuple[int, BlobRef] | None:
+        """The newest snapshot any member offers that this chain vouches for."""
+        best: tuple[int, BlobRef] | None = None
+        size = self._state_size
+        for record in self.peers.others():
+            try:
+                index, ref = await self.transport.snapshot(record, deadline_s=CALL_S)
+            except (PeerError, TimeoutError, ConnectionError) as error:
+                log.info("no snapshot from %s: %s", record.peer_id.short, error or type(error).__name__)
+                continue
+            sound = (
+                after < index <= goal
+                and (ref.size, ref.chunk_bytes) == (size, choose_chunk_bytes(size))
+                and self.certificate(index).state_digest == ref.digest
+            )
+            if sound and (best is None or index > best[0]):
+                best = index, ref
+        return best
+
+    async def _fetch_snapshot(self, round_index: int, ref: BlobRef, pool: ThreadPoolExecutor) -> int:
+        """Fetch a state from everybody who has it; on disk and in the anchor when this returns."""
+        log.info("fetching the state of round %d (%.1f MB)", round_index, ref.size / 1e6)
+        source = await self.exchange.fetch(ref, origin=None, peers=self.peers.others)
+        await self._in(pool, self._take_in, round_index, source)
+        self.exchange.forget(ref.digest)
+        self.store.drop(ref.digest)
+        kept = self.store.snapshot_source(round_index)
+        if kept is not None:
+            self.exchange.offer(kept)
+        return round_index
+
+    def _take_in(self, round_index: int, source: BlobSource) -> None:
+        ref, arrays, offset = source.ref, self.anchor.arrays(), 0
+        stream = [memoryview(array).cast("B") for array in arrays]  # type: ignore[arg-type]
+        for index in range(ref.chunks):
+            data = memoryview(source.read_chunk(index))
+            start = index * ref.chunk_bytes
+            offset = 0
+            for view in stream:
+                first, last = max(start - offset, 0), min(start + len(data) - offset, len(view))
+                if first < last:
+                    view[first:last] = data[first + offset - start : last + offset - start]
+                offset += len(view)
+        self.anchor.round_index = round_index
+        self.store.write_snapshot(round_index, self.anchor.theta_d, self.anchor.buffers)
+
+    # -- replaying ----------------------------------------------------------------------------------------------------
+
+    async def _replay(self, start: int, goal: int, pool: ThreadPoolExecutor) -> None:
+        for index in range(start + 1, goal + 1):
+            certificate = self.certificate(index)
+            await asyncio.gather(*(self._have(item.payload) for item in certificate.manifest.payloads))
+            await self._in(pool, self._apply, certificate)
+            self.progress(f"replaying round {index} of {goal}", (index - start) / (goal - start))
+
+    async def _have(self, ref: BlobRef | None) -> None:
+        if ref is not None and self.store.blob(ref.digest) is None:
+            await self.exchange.fetch(ref, origin=None, peers=self.peers.others)
+
+    def _apply(self, certificate: Certificate) -> None:
+        trial = self.anchor.try_out(certificate.manifest, read_payloads(self.store, certificate.manifest))
+        if trial.ref.digest != certificate.state_digest:
+            raise ConfigError(
+                f"replaying round {certificate.manifest.round_index} gave another state than the swarm certified: "
+                "this machine's arithmetic or disk is not sound (run `farflung doctor`)"
+            )
+        self.anchor.commit(certificate.manifest.digest)
+
+    # -- keeping ------------------------------------------------------------------------------------------------------
+
+    def kept_sources(self) -> list[BlobSource]:
+        """Everything on disk that others may ask for: the newest snapshots and payloads."""
+        sources: list[BlobSource] = []
+        for round_index in self.store.snapshots.rounds():
+            snapshot = self.store.snapshot_source(round_index)
+            if snapshot is not None:
+                sources.append(snapshot)
+        for digest in self.store.blobs.blobs():
+            payload = self.store.blob(digest)
+            if payload is not None:
+                sources.append(payload)
+        return sources
+
+    def prune(self, round_index: int) -> list[bytes]:
+        """Drop payloads that the older of the two newest snapshots has made superfluous; returns their digests."""
+        rounds = sorted(self.store.snapshots.rounds())
+        oldest = rounds[-2] if len(rounds) > 1 else -1
+        dropped = []
+        for index in range(max(oldest - 2 * self.genesis.snapshot_rounds, 1), oldest + 1):
+            data = self.store.certificate(index)
+            for item in decode_certificate(data).manifest.payloads if data else ():
+                if item.payload is not None and self.store.blob(item.payload.digest) is not None:
+                    self.store.drop(item.payload.digest)
+                    dropped.append(item.payload.digest)
+        return dropped
+
+    async def _in(self, pool: ThreadPoolExecutor, function: Callable[..., Any], *arguments: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(pool, function, *arguments)
+
+
+def read_payloads(store: RunStore, manifest: Manifest) -> list[bytes]:
+    """The payloads of a manifest, in its order, from disk. Raises LocalError if one is gone."""
+    found = []
+    for item in manifest.payloads:
+        source = store.blob(item.payload.digest) if item.payload is not None else None
+        if source is None:
+            raise LocalError(f"a payload of round {manifest.round_index} is not on disk")
+        found.append(bytes(source.map()))
+    return found
+
+
+def first_state(theta_d: torch.Tensor, state_buffers: int) -> tuple[BlobRef, list[bytes]]:
+    """The state every member starts from: θ₀ and zero outer buffers."""
+    zeros = np.zeros(theta_d.numel(), np.float32)
+    return state_digests([theta_d.numpy(), *[zeros] * state_buffers])
