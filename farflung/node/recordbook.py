@@ -40,7 +40,7 @@ class RecordBook:
         """Merge one encoded record; returns it. Raises PeerError if it is forged, expired or from the far future."""
         record = decode_record(data, run_id=self.run_id)
         if not _current(record, unix_ms):
-            raise PeerError(record.peer_id.short, f"a record issued {unix_ms - record.issued_ms} ms ago")
+            raise PeerError(record.peer_id.short, _why_not_current(record, unix_ms))
         held = self._held.get(record.peer_id)
         if held is None or (held[0].issued_ms, held[1]) < (record.issued_ms, data):
             self._held[record.peer_id] = (record, data)
@@ -90,3 +90,10 @@ def expires_ms(record: PeerRecord) -> int:
 
 def _current(record: PeerRecord, unix_ms: int) -> bool:
     return record.issued_ms - AHEAD_MS_MAX <= unix_ms < expires_ms(record)
+
+
+def _why_not_current(record: PeerRecord, unix_ms: int) -> str:
+    minutes = (unix_ms - record.issued_ms) / 60_000
+    if minutes < 0:
+        return f"its record is from {-minutes:.0f} minutes in the future: is this machine's clock behind, or its ahead?"
+    return f"its record is {minutes:.0f} minutes old: is it gone, or is this machine's clock ahead?"

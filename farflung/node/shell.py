@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -68,6 +69,9 @@ INBOX_MAX = 4096
 CALL_S = 10.0
 """How long one control call may take."""
 
+REPORT_S = 1.0
+"""How often status.json is written."""
+
 FLUSH_S = 1.0
 """How long a leaver's last messages may take."""
 
@@ -87,6 +91,8 @@ class Parts:
     clock: Clock
     mailbox: Mailbox
     audit: Audit
+    invite: str
+    """A fresh one, for others."""
 
 
 class Node:
@@ -127,6 +133,7 @@ class Node:
         Raises what went wrong: LocalError for our bugs, ConfigError for a full disk and the like.
         """
         self._failed = asyncio.get_running_loop().create_future()
+        self._spawn(self._report(), "status")
         try:
             self.private = await self._in_thread(self._restore_private)
             while not self._left.is_set():
@@ -153,6 +160,40 @@ class Node:
             for wait in waits:
                 wait.cancel()
             await asyncio.gather(*waits, return_exceptions=True)
+
+    def status(self) -> dict[str, Any]:
+        """What this node and its swarm are doing, for people and the dashboard; any thread may ask."""
+        machine, audit, parts = self.machine, self.parts.audit, self.parts
+        status: dict[str, Any] = {
+            "peer": str(self.me),
+            "run": self.genesis.name,
+            "run_id": self.genesis.run_id.hex(),
+            "pid": os.getpid(),
+            "unix_ms": self.clock.unix_ms(),
+            "invite": parts.invite,
+            "phase": "starting",
+            "round": self.anchor.round_index + 1,
+            "why": self.sync.doing,
+            "known": [record.peer_id.short for record in parts.peers.others()],
+            "unreachable": {peer.short: why for peer, why in list(self.outbox.unreachable.items())},
+            "bytes_up": parts.transport.bytes_sent,
+            "bytes_down": parts.transport.bytes_received,
+            "steps": audit.steps,
+            "tokens": audit.tokens,
+            "train_s": audit.train_s,
+            "wait_s": audit.wait_s,
+            "refusals": audit.refusals,
+            "last_round": audit.last_round,
+        }
+        if machine is not None:
+            status |= {
+                "phase": str(machine.phase),
+                "round": machine.round_index,
+                "why": machine.why_waiting(self.clock.now_s()),
+                "members": [peer.short for peer in machine.parent.member_of],
+                "state": machine.tip.state_digest.hex(),
+            }
+        return status
 
     def leave(self) -> None:
         """Ask to be released politely; `run` returns when the next manifest does so."""
@@ -188,6 +229,12 @@ class Node:
         self.parts.peers.wanted = self._audience
         await self._carry_out(machine.begin(self.clock.now_s(), [decode_entry(*entry) for entry in journal.read()]))
         self._welcome()
+
+    async def _report(self) -> None:
+        """Keep status.json fresh."""
+        while True:
+            await self._in_thread(self.store.write_status, self.status())
+            await asyncio.sleep(REPORT_S)
 
     # -- the one loop -------------------------------------------------------------------------------------------------
 

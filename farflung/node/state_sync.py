@@ -52,8 +52,8 @@ class StateSync:
     peers: Peers
     transport: Transport
     anchor: Anchor
-    progress: Callable[[str, float], None] = lambda text, share: None
-    """Told what is being fetched and how much of it is here (0..1)."""
+    doing: str = "starting"
+    """For people: what is being fetched or replayed."""
 
     async def reach_tip(self, pool: ThreadPoolExecutor) -> Certificate:
         """Bring chain and anchor to the newest round that can be had; returns its certificate.
@@ -119,7 +119,7 @@ class StateSync:
                 check_certificate(certificate, parent, self.genesis, payload_bytes_max=self._payload_bytes_max)
                 parent = certificate.manifest
                 self.store.append_certificate(parent.round_index, data)
-            self.progress("certificates", parent.round_index / max(tip, 1) if parent else 0.0)
+            self.doing = f"fetching certificates: {self.store.certificates.next_round} of {tip + 1}"
 
     # -- the state ----------------------------------------------------------------------------------------------------
 
@@ -197,7 +197,8 @@ class StateSync:
 
     async def _fetch_snapshot(self, round_index: int, ref: BlobRef, pool: ThreadPoolExecutor) -> int:
         """Fetch a state from everybody who has it; on disk and in the anchor when this returns."""
-        log.info("fetching the state of round %d (%.1f MB)", round_index, ref.size / 1e6)
+        self.doing = f"fetching the state of round {round_index} ({ref.size / 1e6:.1f} MB)"
+        log.info("%s", self.doing)
         source = await self.exchange.fetch(ref, origin=None, peers=self.peers.others)
         await self._in(pool, self._take_in, round_index, source)
         self.exchange.forget(ref.digest)
@@ -226,10 +227,10 @@ class StateSync:
 
     async def _replay(self, start: int, goal: int, pool: ThreadPoolExecutor) -> None:
         for index in range(start + 1, goal + 1):
+            self.doing = f"replaying round {index} of {goal}"
             certificate = self.certificate(index)
             await asyncio.gather(*(self._have(item.payload) for item in certificate.manifest.payloads))
             await self._in(pool, self._apply, certificate)
-            self.progress(f"replaying round {index} of {goal}", (index - start) / (goal - start))
 
     async def _have(self, ref: BlobRef | None) -> None:
         if ref is not None and self.store.blob(ref.digest) is None:
@@ -240,7 +241,7 @@ class StateSync:
         if trial.ref.digest != certificate.state_digest:
             raise ConfigError(
                 f"replaying round {certificate.manifest.round_index} gave another state than the swarm certified: "
-                "this machine's arithmetic or disk is not sound (run `farflung doctor`)"
+                "this machine's arithmetic or disk is not sound"
             )
         self.anchor.commit(certificate.manifest.digest)
 

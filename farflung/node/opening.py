@@ -1,0 +1,305 @@
+"""From an invite to a running node: the real world's parts, put together in the order in which they depend."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import socket
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from farflung import __version__
+from farflung.aggregation.outer import parse_outer
+from farflung.aggregation.registry import parse_rule
+from farflung.aggregation.weights import parse_weights
+from farflung.compression import parse_codec
+from farflung.node.anchor import Anchor
+from farflung.node.audit import Audit
+from farflung.node.blobs import BlobExchange
+from farflung.node.dht import HivemindDirectory, host_maddrs
+from farflung.node.directory import Combined, Rendezvous
+from farflung.node.flat import read_parameters, schema_of
+from farflung.node.mailbox import Mailbox
+from farflung.node.peers import Peers
+from farflung.node.recordbook import RecordBook
+from farflung.node.runtime import Clock, Directory, Holding, SystemClock, Transport
+from farflung.node.shell import Node, Parts
+from farflung.node.store import Home, RunStore
+from farflung.node.transport.grpc import GrpcTransport
+from farflung.node.transport.tls import make_tls
+from farflung.protocol.blob import BlobRef
+from farflung.protocol.errors import ConfigError, PeerError
+from farflung.protocol.genesis import Genesis, decode_genesis
+from farflung.protocol.identity import PeerId
+from farflung.protocol.invite import Invite
+from farflung.protocol.record import PeerRecord
+
+log = logging.getLogger(__name__)
+
+DISCOVERY = ("both", "dht", "rendezvous")
+CALL_S = 10.0
+FIND_S = 30.0
+"""How long genesis may take to be found."""
+
+RETRY_S = 0.5
+"""Between two rounds of asking everybody known."""
+
+
+@dataclass(frozen=True)
+class JoinSettings:
+    """How this machine takes part; nothing here changes what the run agrees on."""
+
+    home: Path
+    """Where identity, chain and checkpoints are kept."""
+
+    name: str = ""
+    """Shown to the others."""
+
+    listen: str = "0.0.0.0:0"
+    """Where to accept connections; port 0 takes a free one and keeps it over restarts."""
+
+    announce: tuple[str, ...] = ()
+    """"host:port" that others should use instead of what is found out: behind a forwarded port, for instance."""
+
+    upload_mbit: float | None = None
+    """Cap on bulk uploads in Mbit/s; None: as much as the line takes."""
+
+    discovery: str = "both"
+    """How members are found: "dht" (hivemind), "rendezvous" (the invite's addresses), or "both"."""
+
+    tls: bool = True
+    """Without it anybody on the way can read updates; members still check every signature and digest."""
+
+    threads: int = 1
+    """CPU threads for decoding, aggregating and the outer step. Changes speed, never a byte."""
+
+    def __post_init__(self) -> None:
+        if self.discovery not in DISCOVERY:
+            raise ConfigError(f"discovery is one of {', '.join(DISCOVERY)}, got {self.discovery!r}")
+        if self.upload_mbit is not None and self.upload_mbit <= 0:
+            raise ConfigError(f"the upload cap must be positive, got {self.upload_mbit} Mbit/s")
+
+
+async def open_node(
+    stack: AsyncExitStack,
+    mailbox: Mailbox,
+    *,
+    home: Home,
+    store: RunStore,
+    invite: Invite,
+    model_of: Callable[[Genesis], nn.Module],
+    settings: JoinSettings,
+) -> Node:
+    """Everything between an invite and a running node. What is opened is left to `stack`, to be closed backwards.
+
+    `model_of` is called once, in the node's thread, when genesis is known; the training thread waits meanwhile.
+
+    Raises ConfigError, in words for the user, for a dead invite, a taken port, a model that is not the run's, ...
+    """
+    identity, clock = home.identity, SystemClock()
+    transport = GrpcTransport(
+        run_id=invite.run_id,
+        listen=_listen_address(store, settings.listen),
+        announce=settings.announce,
+        tls=home.tls(make_tls) if settings.tls else None,
+        upload_bytes_per_s=None if settings.upload_mbit is None else settings.upload_mbit * 1e6 / 8,
+        clock=clock,
+    )
+    book = RecordBook(invite.run_id)
+    service = _Door(book, identity.peer_id, clock)
+    addresses = await transport.start(service)
+    stack.push_async_callback(transport.stop)
+    _remember_port(store, addresses)
+
+    def make_record(issued_ms: int, lease_ms: int) -> PeerRecord:
+        return PeerRecord(
+            run_id=invite.run_id,
+            public_key=identity.public_key,
+            addresses=addresses,
+            certificate_der=transport.certificate_der,
+            issued_ms=issued_ms,
+            lease_ms=lease_ms,
+            name=settings.name,
+            version=__version__,
+            upload_bytes_per_s=int((settings.upload_mbit or 0) * 1e6 / 8),
+        )
+
+    known = store.certificates.next_round > 0
+    saved = store.load_peers()
+    directories: list[Directory] = []
+    if settings.discovery != "dht":
+        directories.append(
+            Rendezvous(
+                transport,
+                book,
+                identity.peer_id,
+                clock=clock,
+                rng=random.Random(identity.peer_id.digest),
+                addresses=addresses,
+                bootstrap=invite.addresses,
+                saved=saved,
+                alone_ok=known,
+            )
+        )
+    if settings.discovery != "rendezvous":
+        directories.append(_dht(book, clock, store, invite.dht, settings))
+    directory = Combined(directories, book, clock)
+    peers = Peers(identity, book, directory, clock, make_record, store.save_peers)
+    peers.publish_own()
+    doors = await directory.start()
+    stack.push_async_callback(directory.stop)
+    await peers.start()
+    stack.push_async_callback(peers.stop)
+
+    genesis = await _find_genesis(store, peers, transport, invite.run_id)
+    model = model_of(genesis)
+    _check_model(genesis, model)
+    if invite.secret and genesis.secret_digest and not genesis.admits(invite.secret):
+        raise ConfigError("the invite's join secret is not this run's; ask for a new invite")
+    anchor = make_anchor(genesis, model, threads=settings.threads)
+    exchange = BlobExchange(transport, clock, identity.peer_id, store.partial)
+    await exchange.start()
+    stack.push_async_callback(exchange.stop)
+    audit = Audit(identity.peer_id, clock, transport, store.rounds.append)
+    fresh = Invite(
+        invite.run_id,
+        addresses=tuple(door for door in doors if "@" in door),
+        dht=tuple(door for door in doors if "@" not in door),
+        secret=invite.secret,
+    )
+    store.write_invite(str(fresh))
+    parts = Parts(
+        genesis, identity, invite.secret, store, transport, exchange, peers, anchor, clock, mailbox, audit, str(fresh)
+    )
+    node = Node(parts)
+    service.node = node
+    return node
+
+
+def make_anchor(genesis: Genesis, model: nn.Module, *, threads: int = 1) -> Anchor:
+    """The anchor of round 0 as this model was built; state sync replaces it where the run began elsewhere."""
+    theta_d = torch.empty(genesis.schema.numel)
+    read_parameters(model, theta_d)
+    codec = parse_codec(genesis.codec)
+    return Anchor(
+        schema=genesis.schema,
+        codec=codec,
+        rule=parse_rule(genesis.rule),
+        outer=parse_outer(genesis.outer),
+        weights=parse_weights(genesis.weights),
+        theta_d=theta_d,
+        shared=codec.init(genesis.schema)[1],
+        threads=threads,
+    )
+
+
+class _Door:
+    """Answers callers from the first moment on; what needs the node is refused until there is one."""
+
+    def __init__(self, book: RecordBook, me: PeerId, clock: Clock) -> None:
+        self._book, self._me, self._clock = book, me, clock
+        self.node: Node | None = None
+
+    @property
+    def _open(self) -> Node:
+        if self.node is None:
+            raise PeerError(self._me.short, "is still starting")
+        return self.node
+
+    async def on_envelope(self, envelope: bytes) -> None:
+        await self._open.on_envelope(envelope)
+
+    async def on_records(self, run_id: bytes, records: Sequence[bytes]) -> Sequence[bytes]:
+        if run_id != self._book.run_id:
+            raise PeerError("?", f"records of another run: {run_id.hex()[:8]}")
+        now_ms = self._clock.unix_ms()
+        self._book.merge(records, now_ms)
+        return self._book.encoded(now_ms, first=self._me)
+
+    async def on_genesis(self, run_id: bytes) -> bytes:
+        return await self._open.on_genesis(run_id)
+
+    async def on_chain(self, run_id: bytes, from_round: int) -> tuple[Sequence[bytes], int]:
+        return await self._open.on_chain(run_id, from_round)
+
+    async def on_snapshot(self, run_id: bytes) -> tuple[int, BlobRef]:
+        return await self._open.on_snapshot(run_id)
+
+    def on_watch(self, run_id: bytes) -> AsyncIterator[Sequence[Holding]]:
+        return self._open.on_watch(run_id)
+
+    def on_fetch(self, run_id: bytes, digest: bytes, chunks: Sequence[int]) -> AsyncIterator[tuple[int, bytes]]:
+        return self._open.on_fetch(run_id, digest, chunks)
+
+
+def _dht(
+    book: RecordBook, clock: Clock, store: RunStore, bootstrap: Sequence[str], settings: JoinSettings
+) -> HivemindDirectory:
+    host = settings.listen.rpartition(":")[0]
+    return HivemindDirectory(
+        book, clock, listen=host_maddrs(host), bootstrap=bootstrap, identity=store.directory / "dht.key"
+    )
+
+
+async def _find_genesis(store: RunStore, peers: Peers, transport: Transport, run_id: bytes) -> Genesis:
+    """From disk, or from any member; its hash is the run id, so it does not matter who gives it."""
+    if (data := store.genesis) is not None:
+        return decode_genesis(data, run_id)
+    tried: dict[str, str] = {}
+    end_s = time.monotonic() + FIND_S
+    while (left_s := end_s - time.monotonic()) > 0:
+        try:
+            found = await peers.wait_for_others(left_s)
+        except TimeoutError:
+            break
+        for record in found:
+            try:
+                data = await transport.genesis(record, deadline_s=CALL_S)
+                genesis = decode_genesis(data, run_id)
+                store.write_genesis(data)
+                return genesis
+            except (PeerError, TimeoutError, ConnectionError) as error:
+                tried[record.peer_id.short] = str(error) or type(error).__name__
+        await asyncio.sleep(RETRY_S)
+    reasons = "; ".join(f"{name}: {why}" for name, why in tried.items()) or "no member was found"
+    raise ConfigError(f"the run's settings could not be fetched ({reasons}). Ask a member whether the run is alive")
+
+
+def _check_model(genesis: Genesis, model: nn.Module) -> None:
+    difference = schema_of(model).explain_difference(genesis.schema)
+    if difference is not None:
+        raise ConfigError(f"your model is not the run's: {difference}")
+
+
+def _listen_address(store: RunStore, wanted: str) -> str:
+    """`wanted`, with the port of last time in place of 0: members and invites remember it."""
+    host, _, port = wanted.rpartition(":")
+    if not host or not port.isdecimal():
+        raise ConfigError(f"listen on host:port, for example 0.0.0.0:0, got {wanted!r}")
+    path = store.directory / "port"
+    if port == "0" and path.exists() and _is_free(host, saved := path.read_text(encoding="ascii").strip()):
+        return f"{host}:{saved}"
+    return wanted
+
+
+def _is_free(host: str, port: str) -> bool:
+    """Whether the port of last time can be had again."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host.strip("[]"), int(port)))
+        except (OSError, ValueError, OverflowError):
+            return False
+    return True
+
+
+def _remember_port(store: RunStore, addresses: Sequence[str]) -> None:
+    if addresses:
+        (store.directory / "port").write_text(addresses[0].rpartition(":")[2], encoding="ascii")

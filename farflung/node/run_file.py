@@ -1,0 +1,156 @@
+"""A run as its founder writes it down: TOML in, genesis out. Every key is used or refused."""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from farflung.aggregation.outer import parse_outer
+from farflung.aggregation.registry import parse_rule
+from farflung.aggregation.weights import parse_weights
+from farflung.compression import parse_codec
+from farflung.node.flat import read_parameters, schema_of
+from farflung.node.state_sync import first_state
+from farflung.node.tasks.load import describe_task, load_task
+from farflung.protocol.errors import ConfigError
+from farflung.protocol.genesis import Genesis, Timing, secret_digest
+
+
+@dataclass(frozen=True)
+class RunFile:
+    """A run's settings. Each has a default that trains the built-in model among a few trusting members."""
+
+    name: str = "stdlib"
+    """For people."""
+
+    task: str = "builtin:stdlib-gpt"
+    """What is trained: a built-in task or "module:object"."""
+
+    task_options: Mapping[str, Any] = field(default_factory=dict)
+    """The task's own options."""
+
+    codec: str = "ef(1)|q2"
+    """How updates travel: 2 bits per parameter with error feedback."""
+
+    rule: str = "mean"
+    """How updates are combined: "mean" or "median(f=1)"."""
+
+    outer: str = "nesterov(lr=0.7,momentum=0.6)"
+    """How the anchor moves: "sgd(lr=1.0)" averages models."""
+
+    inner_steps: int = 30
+    """Local steps per round. Traffic per step falls with it, and so, slowly, does what a step is worth."""
+
+    rounds: int = 0
+    """The run is over after this many; 0: never."""
+
+    weights: str = "uniform"
+    """What members count for: "uniform", "steps(cap=500)", "tokens(cap=100000)"."""
+
+    closed: bool = True
+    """Closed: only who has the invite's secret is admitted."""
+
+    start_members: int = 1
+    """Training starts when this many are there."""
+
+    quorum_percent: int = 67
+    """Share of members whose updates start the grace window."""
+
+    snapshot_rounds: int = 5
+    """How often members write the state to disk."""
+
+    timing: Timing = field(default_factory=Timing)
+    """How long rounds may wait."""
+
+
+def read_run_file(path: Path) -> RunFile:
+    """The settings in a TOML file. Raises ConfigError, naming the key, for whatever cannot work."""
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"there is no file {path}; `farflung new --example` prints one") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{path}: {error}") from None
+    return parse_run(values, where=str(path))
+
+
+def parse_run(values: Mapping[str, Any], *, where: str) -> RunFile:
+    """The settings in a table. Raises ConfigError."""
+    timing = values.get("timing", {})
+    if not isinstance(timing, Mapping):
+        raise ConfigError(f"{where}: [timing] must be a table")
+    return _make(RunFile, {**values, "timing": _make(Timing, timing, f"{where} [timing]")}, where)
+
+
+def _make(kind: type[Any], values: Mapping[str, Any], where: str) -> Any:
+    known = {item.name: item for item in fields(kind)}
+    for name, value in values.items():
+        if name not in known:
+            close = difflib.get_close_matches(name, known, 1)
+            hint = f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(known)}"
+            raise ConfigError(f"{where}: unknown key {name!r}{hint}")
+        wanted = str(known[name].type)
+        if wanted in {"str", "int", "bool"} and type(value).__name__ != wanted:
+            raise ConfigError(f"{where}: {name} must be of type {wanted}, got {value!r}")
+    return kind(**values)
+
+
+def make_genesis(run: RunFile, founder: bytes, secret: bytes) -> tuple[Genesis, torch.Tensor]:
+    """Build the model once; returns the genesis and θ₀ [d].
+
+    Raises ConfigError if a codec, rule, optimiser, weight policy or task cannot work.
+    """
+    task = load_task(run.task, run.task_options)
+    model = task.build_model()
+    schema = schema_of(model)
+    theta_d = torch.empty(schema.numel)
+    read_parameters(model, theta_d)
+    outer = parse_outer(run.outer)
+    described = describe_task(run.task, run.task_options, task=task)
+    digest = getattr(task, "data_digest", None)
+    genesis = Genesis(
+        name=run.name,
+        founder=founder,
+        state_digest=first_state(theta_d, outer.state_buffers)[0].digest,
+        schema=schema,
+        task=described["name"],
+        task_options=described["options"],
+        codec=parse_codec(run.codec).spec,
+        rule=parse_rule(run.rule).spec,
+        outer=outer.spec,
+        weights=parse_weights(run.weights).spec,
+        inner_steps=run.inner_steps,
+        rounds=run.rounds,
+        closed=run.closed,
+        secret_digest=secret_digest(secret),
+        start_members=run.start_members,
+        quorum_percent=run.quorum_percent,
+        snapshot_rounds=run.snapshot_rounds,
+        timing=run.timing,
+        validation_digest=digest() if callable(digest) else "",
+    )
+    return genesis, theta_d
+
+
+EXAMPLE = """\
+# A farflung run. Every key has a default; nobody can change a run once it is created.
+name = "my first swarm"
+task = "builtin:stdlib-gpt"       # or "module:object", an object of your own (docs/tasks.md)
+inner_steps = 30                  # local steps per round
+codec = "ef(1)|q2"                # 2 bits per parameter, with error feedback
+outer = "nesterov(lr=0.7,momentum=0.6)"
+rule = "mean"                     # or "median(f=1)"
+closed = true                     # only who has the invite may join
+
+[task_options]
+width = 128
+
+[timing]
+grace_ms = 5000                   # how long a quorum waits for the others
+"""
