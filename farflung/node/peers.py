@@ -123,7 +123,8 @@ class Peers:
         await asyncio.sleep(min(LOOK_S, rest_s))
         if rest_s > LOOK_S:
             try:
-                await asyncio.wait_for(self._hurry.wait(), rest_s - LOOK_S)
+                async with asyncio.timeout(rest_s - LOOK_S):
+                    await self._hurry.wait()
             except TimeoutError:
                 pass
 

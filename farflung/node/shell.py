@@ -244,7 +244,8 @@ class Node:
         while True:
             wait_s = max(0.0, machine.wake_s - self.clock.now_s())
             try:
-                event: Event = await asyncio.wait_for(self._inbox.get(), wait_s)
+                async with asyncio.timeout(wait_s):  # wait_for can swallow a cancellation before 3.12
+                    event: Event = await self._inbox.get()
             except TimeoutError:
                 event = Tick()
             if isinstance(event, Own) and not self._in_time():
