@@ -12,6 +12,7 @@ from typing import Any
 
 from farflung.node.anchor import Anchor
 from farflung.node.mailbox import LocalResult, Mailbox, Stop
+from farflung.node.report import describe
 from farflung.node.shell import Node
 from farflung.protocol.errors import LocalError
 from farflung.protocol.genesis import Genesis
@@ -62,7 +63,7 @@ class Member:
 
     def status(self) -> dict[str, Any]:
         """What the node is doing, and why it waits."""
-        return self.node.status()
+        return describe(self.node)
 
     def check(self) -> None:
         """Raise LocalError if the node's thread is gone without a word."""
@@ -80,7 +81,7 @@ class Member:
         if self._thread.is_alive():
             log.warning("the node did not close within %.0f s", HARD_STOP_S)
 
-    def _call(self, function: Callable[[], None]) -> None:
+    def _call(self, function: Callable[[], object]) -> None:
         loop = self._loop
         if loop is not None and not loop.is_closed():
             try:

@@ -7,7 +7,7 @@ import logging
 import random
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from farflung.aggregation.registry import parse_rule
 from farflung.aggregation.weights import parse_weights
 from farflung.compression import parse_codec
 from farflung.node.anchor import Anchor
+from farflung.node.answers import Answers
 from farflung.node.audit import Audit
 from farflung.node.blobs import BlobExchange
 from farflung.node.dht import HivemindDirectory, host_maddrs
@@ -29,15 +30,13 @@ from farflung.node.flat import read_parameters, schema_of
 from farflung.node.mailbox import Mailbox
 from farflung.node.peers import Peers
 from farflung.node.recordbook import RecordBook
-from farflung.node.runtime import Clock, Directory, Holding, SystemClock, Transport
+from farflung.node.runtime import Clock, Directory, SystemClock, Transport
 from farflung.node.shell import Node, Parts
 from farflung.node.store import Home, RunStore
 from farflung.node.transport.grpc import GrpcTransport
 from farflung.node.transport.tls import make_tls
-from farflung.protocol.blob import BlobRef
 from farflung.protocol.errors import ConfigError, PeerError
 from farflung.protocol.genesis import Genesis, decode_genesis
-from farflung.protocol.identity import PeerId
 from farflung.protocol.invite import Invite
 from farflung.protocol.record import PeerRecord
 
@@ -113,8 +112,8 @@ async def open_node(
         clock=clock,
     )
     book = RecordBook(invite.run_id)
-    service = _Door(book, identity.peer_id, clock)
-    addresses = await transport.start(service)
+    answers = Answers(book, store, identity.peer_id, clock)
+    addresses = await transport.start(answers)
     stack.push_async_callback(transport.stop)
     _remember_port(store, addresses)
 
@@ -165,8 +164,8 @@ async def open_node(
         raise ConfigError("the invite's join secret is not this run's; ask for a new invite")
     anchor = make_anchor(genesis, model, threads=settings.threads)
     exchange = BlobExchange(transport, clock, identity.peer_id, store.partial)
-    await exchange.start()
     stack.push_async_callback(exchange.stop)
+    answers.exchange = exchange
     audit = Audit(identity.peer_id, clock, transport, store.rounds.append)
     fresh = Invite(
         invite.run_id,
@@ -179,7 +178,7 @@ async def open_node(
         genesis, identity, invite.secret, store, transport, exchange, peers, anchor, clock, mailbox, audit, str(fresh)
     )
     node = Node(parts)
-    service.node = node
+    answers.node = node
     return node
 
 
@@ -198,45 +197,6 @@ def make_anchor(genesis: Genesis, model: nn.Module, *, threads: int = 1) -> Anch
         shared=codec.init(genesis.schema)[1],
         threads=threads,
     )
-
-
-class _Door:
-    """Answers callers from the first moment on; what needs the node is refused until there is one."""
-
-    def __init__(self, book: RecordBook, me: PeerId, clock: Clock) -> None:
-        self._book, self._me, self._clock = book, me, clock
-        self.node: Node | None = None
-
-    @property
-    def _open(self) -> Node:
-        if self.node is None:
-            raise PeerError(self._me.short, "is still starting")
-        return self.node
-
-    async def on_envelope(self, envelope: bytes) -> None:
-        await self._open.on_envelope(envelope)
-
-    async def on_records(self, run_id: bytes, records: Sequence[bytes]) -> Sequence[bytes]:
-        if run_id != self._book.run_id:
-            raise PeerError("?", f"records of another run: {run_id.hex()[:8]}")
-        now_ms = self._clock.unix_ms()
-        self._book.merge(records, now_ms)
-        return self._book.encoded(now_ms, first=self._me)
-
-    async def on_genesis(self, run_id: bytes) -> bytes:
-        return await self._open.on_genesis(run_id)
-
-    async def on_chain(self, run_id: bytes, from_round: int) -> tuple[Sequence[bytes], int]:
-        return await self._open.on_chain(run_id, from_round)
-
-    async def on_snapshot(self, run_id: bytes) -> tuple[int, BlobRef]:
-        return await self._open.on_snapshot(run_id)
-
-    def on_watch(self, run_id: bytes) -> AsyncIterator[Sequence[Holding]]:
-        return self._open.on_watch(run_id)
-
-    def on_fetch(self, run_id: bytes, digest: bytes, chunks: Sequence[int]) -> AsyncIterator[tuple[int, bytes]]:
-        return self._open.on_fetch(run_id, digest, chunks)
 
 
 def _dht(

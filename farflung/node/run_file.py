@@ -7,7 +7,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -20,6 +20,8 @@ from farflung.node.state_sync import first_state
 from farflung.node.tasks.load import describe_task, load_task
 from farflung.protocol.errors import ConfigError
 from farflung.protocol.genesis import Genesis, Timing, secret_digest
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -88,8 +90,8 @@ def parse_run(values: Mapping[str, Any], *, where: str) -> RunFile:
     return _make(RunFile, {**values, "timing": _make(Timing, timing, f"{where} [timing]")}, where)
 
 
-def _make(kind: type[Any], values: Mapping[str, Any], where: str) -> Any:
-    known = {item.name: item for item in fields(kind)}
+def _make(kind: type[T], values: Mapping[str, Any], where: str) -> T:
+    known = {item.name: item for item in fields(kind)}  # type: ignore[arg-type]
     for name, value in values.items():
         if name not in known:
             close = difflib.get_close_matches(name, known, 1)

@@ -9,28 +9,24 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from farflung.node.anchor import Anchor
 from farflung.node.audit import Audit
 from farflung.node.blobs import BlobExchange
-from farflung.node.data import RoundView
 from farflung.node.entries import decode_entry, encode_entry
-from farflung.node.mailbox import Adopt, Hurry, LocalResult, Mailbox, Stop
+from farflung.node.local_phase import LocalPhase
+from farflung.node.mailbox import LocalResult, Mailbox
 from farflung.node.outbox import Outbox
 from farflung.node.peers import Peers
-from farflung.node.runtime import Clock, Holding, Transport
-from farflung.node.screen import Screen
-from farflung.node.state_sync import StateSync, read_payloads
+from farflung.node.report import describe
+from farflung.node.runtime import Clock, Transport
+from farflung.node.state_sync import StateSync, payload_bytes_max, read_payloads
 from farflung.node.store import RunStore
-from farflung.protocol import limits
-from farflung.protocol.blob import BlobRef, describe
+from farflung.protocol.blob import BlobRef
 from farflung.protocol.certificate import Certificate, check_certificate, decode_certificate
 from farflung.protocol.effects import (
     Apply,
@@ -57,7 +53,6 @@ from farflung.protocol.genesis import Genesis
 from farflung.protocol.identity import Identity, PeerId
 from farflung.protocol.manifest import Manifest
 from farflung.protocol.round import Phase, RoundMachine, Self
-from farflung.protocol.rows import Reason, Verdict
 from farflung.protocol.statements import Announcement, Slot
 from farflung.protocol.wire import Certified, Message, Statement, decode_message, encode_message
 
@@ -105,8 +100,9 @@ class Node:
         self.outbox = Outbox(parts.transport, parts.peers.record_of, CALL_S)
         self.sync = StateSync(parts.genesis, parts.store, parts.exchange, parts.peers, parts.transport, parts.anchor)
         self.machine: RoundMachine | None = None
-        self.private, _ = self.anchor.codec.init(self.anchor.schema)
-        self.screen = Screen()
+        self.local = LocalPhase(
+            parts.genesis, parts.store, parts.anchor, parts.clock, parts.mailbox, parts.audit, self.me
+        )
         self._inbox: asyncio.Queue[Event] = asyncio.Queue(INBOX_MAX)
         self._pool = ThreadPoolExecutor(max(2, self.anchor.threads), thread_name_prefix="farflung")
         self._tasks: set[asyncio.Task[None]] = set()
@@ -115,12 +111,6 @@ class Node:
         self._snapshot: asyncio.Task[None] | None = None
         self._catching_up = False
         self._ahead: dict[int, Certificate] = {}
-        self._speaking: LocalResult | None = None
-        """A local result between its arrival here and its announcement."""
-        self._keep = True
-        """Whether training's next adoption keeps what it has beyond the old anchor: true unless it was sent."""
-        self._announced = self._hurried = 0
-        """The latest round in which this was done."""
         self._left = asyncio.Event()
         self._lost = asyncio.Event()
         self._failed: asyncio.Future[None] | None = None
@@ -135,7 +125,7 @@ class Node:
         self._failed = asyncio.get_running_loop().create_future()
         self._spawn(self._report(), "status")
         try:
-            self.private = await self._in_thread(self._restore_private)
+            await self._in_thread(self.local.restore)
             while not self._left.is_set():
                 tip = await self.sync.reach_tip(self._pool)
                 for source in self.sync.kept_sources():
@@ -150,7 +140,9 @@ class Node:
         """Work until this member has left, or is so far behind that fetching the state again is quicker."""
         self._lost.clear()
         assert self._failed is not None
-        waits = [asyncio.ensure_future(wait) for wait in (self._work(), self._left.wait(), self._lost.wait())]
+        waits: list[asyncio.Task[object]] = [
+            asyncio.create_task(wait) for wait in (self._work(), self._left.wait(), self._lost.wait())
+        ]
         try:
             await asyncio.wait({*waits, self._failed}, return_when=asyncio.FIRST_COMPLETED)
             for ended in (waits[0], self._failed):
@@ -161,47 +153,27 @@ class Node:
                 wait.cancel()
             await asyncio.gather(*waits, return_exceptions=True)
 
-    def status(self) -> dict[str, Any]:
-        """What this node and its swarm are doing, for people and the dashboard; any thread may ask."""
-        machine, audit, parts = self.machine, self.parts.audit, self.parts
-        status: dict[str, Any] = {
-            "peer": str(self.me),
-            "run": self.genesis.name,
-            "run_id": self.genesis.run_id.hex(),
-            "pid": os.getpid(),
-            "unix_ms": self.clock.unix_ms(),
-            "invite": parts.invite,
-            "phase": "starting",
-            "round": self.anchor.round_index + 1,
-            "why": self.sync.doing,
-            "known": [record.peer_id.short for record in parts.peers.others()],
-            "unreachable": {peer.short: why for peer, why in list(self.outbox.unreachable.items())},
-            "bytes_up": parts.transport.bytes_sent,
-            "bytes_down": parts.transport.bytes_received,
-            "steps": audit.steps,
-            "tokens": audit.tokens,
-            "train_s": audit.train_s,
-            "wait_s": audit.wait_s,
-            "refusals": audit.refusals,
-            "last_round": audit.last_round,
-        }
-        if machine is not None:
-            status |= {
-                "phase": str(machine.phase),
-                "round": machine.round_index,
-                "why": machine.why_waiting(self.clock.now_s()),
-                "members": [peer.short for peer in machine.parent.member_of],
-                "state": machine.tip.state_digest.hex(),
-            }
-        return status
-
     def leave(self) -> None:
         """Ask to be released politely; `run` returns when the next manifest does so."""
         self._give(Leave())
 
     def local_result(self, result: LocalResult) -> None:
         """From training: the local phase of a round is over. Answered by a notice in the mailbox."""
-        self._spawn(self._speak(result), f"encode {result.round_index}")
+        if self.machine is not None and self.local.accepts(result, self.machine):
+            self._spawn(self._speak(result, self.machine.slot), f"encode {result.round_index}")
+
+    def receive(self, envelope: bytes) -> None:
+        """A control message from the network: checked here, believed or not by the machine. Raises PeerError."""
+        if self.machine is None:
+            raise PeerError("?", "is still starting")
+        try:
+            message = decode_message(envelope, self.genesis.run_id)
+        except PeerError as error:
+            self.parts.audit.refused(error.peer, error.why, round_index=self._round)
+            raise
+        if self._inbox.full():
+            raise PeerError(message.sender.short, "sends too many messages at once")
+        self._inbox.put_nowait(Heard(message))
 
     async def _end(self) -> None:
         tasks = [*self._tasks]
@@ -218,7 +190,7 @@ class Node:
             peer_id=self.me,
             public_key=identity.public_key,
             sign=identity.sign,
-            payload_bytes_max=int(codec.bits(schema) * schema.numel / 8) + limits.PAYLOAD_OVERHEAD_BYTES,
+            payload_bytes_max=payload_bytes_max(codec, schema),
             secret=self.parts.secret,
         )
         machine = RoundMachine(self.genesis, me, tip)
@@ -228,12 +200,12 @@ class Node:
         self.machine = machine
         self.parts.peers.wanted = self._audience
         await self._carry_out(machine.begin(self.clock.now_s(), [decode_entry(*entry) for entry in journal.read()]))
-        self._welcome()
+        self.local.welcome(machine)
 
     async def _report(self) -> None:
         """Keep status.json fresh."""
         while True:
-            await self._in_thread(self.store.write_status, self.status())
+            await self._in_thread(self.store.write_status, describe(self))
             await asyncio.sleep(REPORT_S)
 
     # -- the one loop -------------------------------------------------------------------------------------------------
@@ -248,9 +220,8 @@ class Node:
                     event: Event = await self._inbox.get()
             except TimeoutError:
                 event = Tick()
-            if isinstance(event, Own) and not self._in_time():
-                self._settle(Verdict(0.0, Reason.LATE))
-                self._welcome()
+            if isinstance(event, Own) and not self.local.hand_over(machine):
+                self.local.welcome(machine)
                 continue
             before = machine.round_index
             try:
@@ -296,84 +267,21 @@ class Node:
         if machine.round_index != before:
             if (certificate := self._ahead.pop(machine.round_index, None)) is not None:
                 self._give(self._certified(certificate))
-            self._welcome()
+            self.local.welcome(machine)
         over = machine.phase is Phase.DONE and not machine.behind
         if over or (machine.leaving and not machine.is_member):
             self._left.set()
-        self._maybe_hurry(machine)
+        self.local.hurry(machine)
 
-    def _maybe_hurry(self, machine: RoundMachine) -> None:
-        """A quorum has spoken and half of the grace window is over: training should send what it has."""
-        since_s = machine.attendance.quorum_since_s
-        if since_s is None or not machine.wants_steps or self._speaking or self._hurried == machine.round_index:
-            return
-        if self.clock.now_s() >= since_s + self.genesis.timing.grace_ms / 2e3:
-            self._hurried = machine.round_index
-            self.parts.mailbox.post(Hurry(machine.round_index))
-
-    # -- the trainer's side -------------------------------------------------------------------------------------------
-
-    def _welcome(self) -> None:
-        """Tell training that there is an anchor to start from, once this node is a member and training has begun."""
-        machine = self.machine
-        assert machine is not None
-        if machine.phase is Phase.DONE:
-            self.parts.mailbox.post(Adopt(self._view(), keep=self._keep))
-            self.parts.mailbox.post(Stop())
-        elif machine.wants_steps and self._speaking is None:
-            self.parts.mailbox.post(Adopt(self._view(), keep=self._keep))
-            self._keep = True
-
-    def _view(self) -> RoundView:
-        machine = self.machine
-        assert machine is not None
-        members = tuple(machine.parent.member_of)
-        return RoundView(self.genesis.run_id, machine.round_index, machine.parent.digest, self.me, members)
-
-    async def _speak(self, result: LocalResult) -> None:
-        """Encode, put on disk, announce; or abstain. A result that comes too late has its answer in the mailbox."""
-        machine = self.machine
-        assert machine is not None
-        if machine.round_index != result.round_index or not machine.wants_steps:
-            return
-        self._speaking = result
-        slot, key = machine.slot, self.parts.identity.public_key
-        why = self.screen.refuse(float(torch.linalg.vector_norm(result.delta_d, dtype=torch.float64)))
-        if why is None:
-            ref = await self._in_thread(self._encode, result)
-            bare = Announcement(key, ref, result.steps, result.tokens)
-        else:
-            self.parts.audit.note(f"abstains: {why}", round_index=result.round_index)
-            bare = Announcement(key, None, 0, 0)
-        self.parts.audit.spoke(result, bare.payload)
+    async def _speak(self, result: LocalResult, slot: Slot) -> None:
+        """Encode, put on disk, announce; or abstain."""
+        ref, source = await self._in_thread(self.local.encode, result)
+        if source is not None:
+            self.parts.exchange.offer(source)
+        self.parts.audit.spoke(result, ref)
+        steps, tokens = (result.steps, result.tokens) if ref is not None else (0, 0)
+        bare = Announcement(self.parts.identity.public_key, ref, steps, tokens)
         await self._inbox.put(Own(bare.signed(slot, self.parts.identity.sign)))
-
-    def _encode(self, result: LocalResult) -> BlobRef:
-        codec = self.anchor.codec
-        payload, self.private = codec.encode(result.delta_d, self.private, self.anchor.shared, result.round_index)
-        ref, digests = describe(payload)
-        tensors = codec.private_tensors(self.private)
-        if tensors:
-            self.store.write_local(tensors, {"codec": codec.spec, "round": result.round_index})
-        source = self.store.put(payload, ref, digests)
-        self._call(self.parts.exchange.offer, source)
-        return ref
-
-    def _in_time(self) -> bool:
-        """Whether the result being announced is still of this round; from here on it is out of training's hands."""
-        machine, result = self.machine, self._speaking
-        assert machine is not None
-        if result is None or result.round_index != machine.round_index or not machine.wants_steps:
-            return False
-        self._speaking, self._announced = None, machine.round_index
-        return True
-
-    def _settle(self, verdict: Verdict) -> None:
-        """What the certificate did with my own row decides what is kept of it, here and in the parameters."""
-        self._speaking = None
-        self.private = self.anchor.codec.observe(self.private, verdict)
-        remembers = bool(self.anchor.codec.private_tensors(self.private))
-        self._keep = verdict.reason is Reason.LATE and not remembers
 
     # -- payloads -----------------------------------------------------------------------------------------------------
 
@@ -421,12 +329,8 @@ class Node:
         await self._in_thread(self.store.append_certificate, manifest.round_index, certificate.canonical_bytes)
         await self._in_thread(self.store.begin_round, manifest.round_index + 1)
         trial = self.anchor.commit(manifest.digest)
-        mine = next((item for item in manifest.announcements if item.peer_id == self.me), None)
-        if mine is not None or self._announced == manifest.round_index:
-            abstained = mine is not None and mine.payload is None
-            otherwise = Verdict(0.0, Reason.ABSTAINED if abstained else Reason.LATE)
-            self._settle(trial.verdicts.get(self.me, otherwise))
-        self.parts.audit.certified(certificate, trial, counted=mine is not None)
+        counted = self.local.judge(manifest, trial.verdicts)
+        self.parts.audit.certified(certificate, trial, counted=counted)
         self._forget_fetches()
         if manifest.round_index % self.genesis.snapshot_rounds == 0 or manifest.round_index == self.genesis.rounds:
             self._snapshot = self._spawn(self._take_snapshot(manifest.round_index), "snapshot")
@@ -459,15 +363,6 @@ class Node:
                     f"{certificate.state_digest.hex()[:8]}, twice; its arithmetic or its disk is not sound"
                 )
             await self._inbox.put(Staged(manifest.digest, trial.ref.digest))
-
-    def _restore_private(self) -> Any:
-        codec, schema = self.anchor.codec, self.anchor.schema
-        saved, problem = self.store.read_local()
-        if problem:
-            self.parts.audit.note(f"own state: {problem}", round_index=self.anchor.round_index)
-        if saved is not None and saved.meta.get("codec") == codec.spec:
-            return codec.restore_private(schema, saved.tensors)
-        return codec.init(schema)[0]
 
     # -- catching up --------------------------------------------------------------------------------------------------
 
@@ -508,61 +403,6 @@ class Node:
         key = self.parts.identity.public_key
         return Heard(Message(self.me, key, self.genesis.run_id, manifest.round_index, manifest.parent, statement))
 
-    # -- what peers ask (runtime.Service) -----------------------------------------------------------------------------
-
-    async def on_envelope(self, envelope: bytes) -> None:
-        """A signed control message: checked here, believed or not by the machine."""
-        if self.machine is None:
-            raise PeerError("?", "not ready yet")
-        try:
-            message = decode_message(envelope, self.genesis.run_id)
-        except PeerError as error:
-            self.parts.audit.refused(error.peer, error.why, round_index=self._round)
-            raise
-        if self._inbox.full():
-            raise PeerError(message.sender.short, "too many messages at once")
-        self._inbox.put_nowait(Heard(message))
-
-    async def on_records(self, run_id: bytes, records: Sequence[bytes]) -> Sequence[bytes]:
-        """Peer records."""
-        return self.parts.peers.on_records(run_id, records)
-
-    async def on_genesis(self, run_id: bytes) -> bytes:
-        """Canonical genesis bytes."""
-        self._check_run(run_id)
-        return self.genesis.canonical_bytes
-
-    async def on_chain(self, run_id: bytes, from_round: int) -> tuple[Sequence[bytes], int]:
-        """Certificates, oldest first, within what one message holds."""
-        self._check_run(run_id)
-        chain: list[bytes] = []
-        room = limits.CONTROL_BYTES_MAX
-        for index in range(from_round, from_round + limits.CHAIN_ANSWER_MAX):
-            data = self.store.certificate(index)
-            if data is None or (chain and len(data) > room):
-                break
-            chain.append(data)
-            room -= len(data)
-        return chain, self.store.certificates.next_round - 1
-
-    async def on_snapshot(self, run_id: bytes) -> tuple[int, BlobRef]:
-        """The newest state on disk."""
-        self._check_run(run_id)
-        snapshot = self.store.latest_snapshot()
-        if snapshot is None:
-            raise PeerError("?", "no snapshot here yet")
-        return snapshot.round_index, snapshot.ref
-
-    def on_watch(self, run_id: bytes) -> AsyncIterator[Sequence[Holding]]:
-        """What blobs are here."""
-        self._check_run(run_id)
-        return self.parts.exchange.on_watch(run_id)
-
-    def on_fetch(self, run_id: bytes, digest: bytes, chunks: Sequence[int]) -> AsyncIterator[tuple[int, bytes]]:
-        """Chunks of a blob."""
-        self._check_run(run_id)
-        return self.parts.exchange.on_fetch(run_id, digest, chunks)
-
     # -- small things -------------------------------------------------------------------------------------------------
 
     @property
@@ -584,15 +424,6 @@ class Node:
 
     def _give(self, event: Event) -> None:
         self._spawn(self._inbox.put(event), type(event).__name__)
-
-    def _call(self, function: Callable[..., None], *arguments: Any) -> None:
-        """From a worker thread: run on the loop."""
-        self._loop.call_soon_threadsafe(function, *arguments)
-
-    @property
-    def _loop(self) -> asyncio.AbstractEventLoop:
-        assert self._failed is not None
-        return self._failed.get_loop()
 
     async def _in_thread(self, function: Callable[..., Any], *arguments: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._pool, function, *arguments)

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from farflung.compression.codec import Codec
 from farflung.node.anchor import Anchor, state_digests
 from farflung.node.blobs import BlobExchange, BlobSource
 from farflung.node.peers import Peers
@@ -29,6 +30,7 @@ from farflung.protocol.errors import ConfigError, LocalError, PeerError, TooFewP
 from farflung.protocol.genesis import Genesis
 from farflung.protocol.manifest import Manifest
 from farflung.protocol.record import PeerRecord
+from farflung.protocol.schema import Schema
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +39,9 @@ CALL_S = 10.0
 
 FIND_S = 60.0
 """How long a joiner looks for any member before it gives up."""
+
+RETRY_S = 0.5
+"""Between two rounds of asking everybody known."""
 
 ROUNDS_BEHIND_MAX = 2
 """A joiner this close to the tip leaves the rest to the round machine, which follows as it goes."""
@@ -74,8 +79,7 @@ class StateSync:
 
     @property
     def _payload_bytes_max(self) -> int:
-        codec, schema = self.anchor.codec, self.anchor.schema
-        return int(codec.bits(schema) * schema.numel / 8) + limits.PAYLOAD_OVERHEAD_BYTES
+        return payload_bytes_max(self.anchor.codec, self.anchor.schema)
 
     def certificate(self, round_index: int) -> Certificate:
         """A certificate from disk. Raises LocalError if it is not there."""
@@ -85,18 +89,22 @@ class StateSync:
         return decode_certificate(data)
 
     async def _reach_chain_tip(self) -> Certificate:
-        """Fetch and check certificates until nobody has a newer one."""
-        have = self.store.certificates.next_round
-        tried = []
-        for record in await self._callable(alone_ok=have > 0):
-            try:
-                await self._extend_chain(record)
-            except (PeerError, TimeoutError, ConnectionError) as error:
-                tried.append(f"{record.peer_id.short}: {error or type(error).__name__}")
-        have = self.store.certificates.next_round
-        if have == 0:
-            raise TooFewPeers(f"no member could give the run's certificates ({'; '.join(tried) or 'none is known'})")
-        return self.certificate(have - 1)
+        """Fetch and check certificates until nobody has a newer one; a joiner without any asks again for a while."""
+        loop = asyncio.get_running_loop()
+        end_s = loop.time() + FIND_S
+        while True:
+            tried = []
+            for record in await self._callable(alone_ok=self.store.certificates.next_round > 0):
+                try:
+                    await self._extend_chain(record)
+                except (PeerError, TimeoutError, ConnectionError) as error:
+                    tried.append(f"{record.peer_id.short}: {error or type(error).__name__}")
+            have = self.store.certificates.next_round
+            if have > 0:
+                return self.certificate(have - 1)
+            if loop.time() > end_s:
+                raise TooFewPeers(f"no member could give the run's certificates ({'; '.join(tried)})")
+            await asyncio.sleep(RETRY_S)
 
     async def _callable(self, *, alone_ok: bool) -> list[PeerRecord]:
         known = self.peers.others()
@@ -286,6 +294,11 @@ def read_payloads(store: RunStore, manifest: Manifest) -> list[bytes]:
             raise LocalError(f"a payload of round {manifest.round_index} is not on disk")
         found.append(bytes(source.map()))
     return found
+
+
+def payload_bytes_max(codec: Codec, schema: Schema) -> int:
+    """More bytes than this no payload of the run may have; it is compared before anything is allocated."""
+    return int(codec.bits(schema) * schema.numel / 8) + limits.PAYLOAD_OVERHEAD_BYTES
 
 
 def first_state(theta_d: torch.Tensor, state_buffers: int) -> tuple[BlobRef, list[bytes]]:

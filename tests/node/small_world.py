@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from farflung.aggregation.outer import parse_outer
 from farflung.aggregation.registry import parse_rule
 from farflung.aggregation.weights import parse_weights
 from farflung.compression import parse_codec
+from farflung.node.answers import Answers
 from farflung.node.audit import Audit
 from farflung.node.flat import read_parameters, schema_of
 from farflung.node.mailbox import Mailbox
@@ -86,7 +86,7 @@ class FakeTransport:
 
     async def read_chunks(self, to, digest):
         async def read(service):
-            source = service.parts.exchange.sources.get(digest)
+            source = service.exchange.sources.get(digest)
             if source is None:
                 raise PeerError("?", "does not have it")
             return source.digests, [source.read_chunk(index) for index in range(source.ref.chunks)]
@@ -193,7 +193,9 @@ class SmallWorld:
                     self.genesis, identity, secret, store, transport, exchange, peers, anchor, clock, mailbox, audit, ""
                 )
             )
-            await transport.start(node)
+            answers = Answers(book, store, identity.peer_id, clock)
+            answers.node, answers.exchange = node, exchange
+            await transport.start(answers)
             stack.push_async_callback(transport.stop)
             await peers.start()
             stack.push_async_callback(peers.stop)

@@ -1,4 +1,4 @@
-""""host:port", "[v6]:port" and "peerid@host:port", and which of them to announce."""
+"""Addresses ("host:port", "[v6]:port", "peerid@host:port"), and which of them to announce."""
 
 from __future__ import annotations
 

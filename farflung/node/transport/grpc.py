@@ -61,7 +61,7 @@ class GrpcTransport:
         *,
         listen: str = "0.0.0.0:0",
         announce: Sequence[str] = (),
-        tls: Tls | tuple[bytes, bytes] | None | Literal["new"] = "new",
+        tls: Tls | tuple[bytes, bytes] | Literal["new"] | None = "new",
         upload_bytes_per_s: float | None = None,
         clock: Clock | None = None,
     ) -> None:
@@ -171,7 +171,9 @@ class GrpcTransport:
 
     async def _unary(self, channel: grpc.aio.Channel, method: str, request: bytes, deadline_s: float) -> bytes:
         self.traffic.control_sent += len(request)
-        reply: bytes = await channel.unary_unary(f"/farflung.Control/{method}")(request, timeout=max(deadline_s, 0.001))
+        reply: bytes = await channel.unary_unary(f"/farflung.Control/{method}", None, None)(
+            request, timeout=max(deadline_s, 0.001)
+        )
         self.traffic.control_received += len(reply)
         return reply
 
@@ -209,7 +211,10 @@ class GrpcTransport:
         link = await self._links.to(to)
         channel = await link.channel("control", deadline_s=10.0)
         self.traffic.control_sent += len(request)
-        with _errors_of(short, link), _cancelled(channel.unary_stream("/farflung.Control/Watch")(request)) as call:
+        with (
+            _errors_of(short, link),
+            _cancelled(channel.unary_stream("/farflung.Control/Watch", None, None)(request)) as call,
+        ):
             async for data in call:
                 self.traffic.control_received += len(data)
                 yield [_holding(item, short) for item in parse(pb.Holdings, data, peer=short).holdings]
@@ -227,7 +232,10 @@ class GrpcTransport:
         link = await self._links.to(to)
         channel = await link.channel("bulk", deadline_s=idle_s)
         self.traffic.bulk_sent += len(request)
-        with _errors_of(short, link), _cancelled(channel.unary_stream("/farflung.Bulk/Fetch")(request)) as call:
+        with (
+            _errors_of(short, link),
+            _cancelled(channel.unary_stream("/farflung.Bulk/Fetch", None, None)(request)) as call,
+        ):
             if not chunks:
                 yield DIGEST_LIST, await self._digest_list(call, ref, short, idle_s)
                 return
@@ -254,7 +262,7 @@ class GrpcTransport:
                 data = await call.read()
         except TimeoutError:
             raise TimeoutError(f"peer {short} sent nothing for {idle_s:.1f} s") from None
-        if data is grpc.aio.EOF:
+        if data is grpc.aio.EOF:  # type: ignore[attr-defined]
             raise PeerError(short, "ended a fetch early")
         self.traffic.bulk_received += len(data)
         return parse(pb.BlobChunk, data, peer=short)
@@ -280,6 +288,11 @@ def _errors_of(short: str, link: Link | None) -> Any:
     """Turn gRPC's errors into the three a caller knows."""
     try:
         yield
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        raise ConnectionError(f"the connection to {short} was closed") from None  # how gRPC says so
     except grpc.aio.UsageError as error:
         raise ConnectionError(f"the connection to {short} is closed: {error}") from None
     except grpc.aio.AioRpcError as error:

@@ -74,7 +74,7 @@ class Link:
         """Break both connections and the calls on them."""
         channels, self._channels = list(self._channels.values()), {}
         for channel in channels:
-            await channel.close()
+            await channel.close(None)
 
     def _open(self, address: str, purpose: str) -> grpc.aio.Channel:
         key = (address, purpose)

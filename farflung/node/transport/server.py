@@ -176,7 +176,7 @@ def fitting(items: Any, bytes_max: int) -> list[bytes]:
 
 def closing(stream: AsyncIterator[Any]) -> Any:
     """A context that closes an async generator at once instead of when it is collected."""
-    return aclosing(stream) if hasattr(stream, "aclose") else _Open(stream)  # type: ignore[type-var]
+    return aclosing(stream) if hasattr(stream, "aclose") else _Open(stream)
 
 
 class _Open:

@@ -39,7 +39,7 @@ class Tls(NamedTuple):
 
 
 def make_tls() -> Tls:
-    """A new self-signed certificate and key. Its dates are fixed and wide: trust comes from the pin, clocks may be off."""
+    """A new self-signed certificate and key. Its dates are wide: the pin is what counts, clocks may be off."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, SERVER_NAME)])
     certificate = (

@@ -1,0 +1,130 @@
+"""One member's own update: from the training thread to a payload on disk, and what becomes of it afterwards.
+
+Never is one Δ both in the error feedback and in the parameters (DESIGN §3): what was encoded belongs to the codec's
+state, and training adopts the new anchor plainly; what was not stays in the parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from farflung.node.anchor import Anchor
+from farflung.node.audit import Audit
+from farflung.node.blobs import BlobSource
+from farflung.node.data import RoundView
+from farflung.node.mailbox import Adopt, Hurry, LocalResult, Mailbox, Stop
+from farflung.node.runtime import Clock
+from farflung.node.screen import Screen
+from farflung.node.store import RunStore
+from farflung.protocol.blob import BlobRef, describe
+from farflung.protocol.genesis import Genesis
+from farflung.protocol.identity import PeerId
+from farflung.protocol.manifest import Manifest
+from farflung.protocol.round import Phase, RoundMachine
+from farflung.protocol.rows import Reason, Verdict
+
+
+class LocalPhase:
+    """Keeps the codec's private state (error feedback: one vector of length d) and speaks to training."""
+
+    def __init__(
+        self,
+        genesis: Genesis,
+        store: RunStore,
+        anchor: Anchor,
+        clock: Clock,
+        mailbox: Mailbox,
+        audit: Audit,
+        me: PeerId,
+    ) -> None:
+        self._genesis, self._store, self._anchor, self._clock = genesis, store, anchor, clock
+        self._mailbox, self._audit, self._me = mailbox, audit, me
+        self.private, _ = anchor.codec.init(anchor.schema)
+        self.screen = Screen()
+        self._speaking: LocalResult | None = None
+        """A result between its arrival and its announcement: its Δ is lent, training waits."""
+        self._keep = True
+        """Whether training's next adoption keeps what it has beyond the old anchor: true unless it was encoded."""
+        self._announced = self._hurried = 0
+        """The latest round in which this was done."""
+
+    def restore(self) -> None:
+        """Take the error feedback back from disk, where the last encoding left it."""
+        codec, schema = self._anchor.codec, self._anchor.schema
+        saved, problem = self._store.read_local()
+        if problem:
+            self._audit.note(f"own state: {problem}", round_index=self._anchor.round_index)
+        if saved is not None and saved.meta.get("codec") == codec.spec:
+            self.private = codec.restore_private(schema, saved.tensors)
+
+    # -- towards the others -------------------------------------------------------------------------------------------
+
+    def accepts(self, result: LocalResult, machine: RoundMachine) -> bool:
+        """Whether a result is of the present round. If not, its answer is in the mailbox: an anchor to go on from."""
+        if result.round_index != machine.round_index or not machine.wants_steps:
+            return False
+        self._speaking = result
+        return True
+
+    def encode(self, result: LocalResult) -> tuple[BlobRef | None, BlobSource | None]:
+        """Put the payload and the error feedback it leaves behind on disk. None: the update is wild, abstain."""
+        why = self.screen.refuse(float(torch.linalg.vector_norm(result.delta_d, dtype=torch.float64)))
+        if why is not None:
+            self._audit.note(f"abstains: {why}", round_index=result.round_index)
+            return None, None
+        codec, shared = self._anchor.codec, self._anchor.shared
+        payload, self.private = codec.encode(result.delta_d, self.private, shared, result.round_index)
+        ref, digests = describe(payload)
+        source = self._store.put(payload, ref, digests)
+        tensors = codec.private_tensors(self.private)
+        if tensors:
+            self._store.write_local(tensors, {"codec": codec.spec, "round": result.round_index})
+        return ref, source
+
+    def hand_over(self, machine: RoundMachine) -> bool:
+        """Whether what was just encoded can still be announced. If not, what was sent of it is forfeited."""
+        result, self._speaking = self._speaking, None
+        if result is not None and result.round_index == machine.round_index and machine.wants_steps:
+            self._announced = result.round_index
+            return True
+        self._settle(Verdict(0.0, Reason.LATE))
+        return False
+
+    def judge(self, manifest: Manifest, verdicts: Mapping[PeerId, Verdict]) -> bool:
+        """What the certificate did with my own row decides what is kept of it. Returns whether it was listed."""
+        mine = next((item for item in manifest.announcements if item.peer_id == self._me), None)
+        if mine is not None or self._announced == manifest.round_index:
+            abstained = mine is not None and mine.payload is None
+            self._settle(verdicts.get(self._me, Verdict(0.0, Reason.ABSTAINED if abstained else Reason.LATE)))
+        return mine is not None
+
+    def _settle(self, verdict: Verdict) -> None:
+        self.private = self._anchor.codec.observe(self.private, verdict)
+        remembers = bool(self._anchor.codec.private_tensors(self.private))
+        self._keep = verdict.reason is Reason.LATE and not remembers
+
+    # -- towards training ---------------------------------------------------------------------------------------------
+
+    def welcome(self, machine: RoundMachine) -> None:
+        """Tell training that there is an anchor to go on from, once this node is a member and training has begun."""
+        over = machine.phase is Phase.DONE
+        if over or (machine.wants_steps and self._speaking is None):
+            self._mailbox.post(Adopt(self._view(machine), keep=self._keep))
+            self._keep = True
+        if over:
+            self._mailbox.post(Stop())
+
+    def hurry(self, machine: RoundMachine) -> None:
+        """A quorum has spoken and half of the grace window is over: training should send what it has."""
+        since_s = machine.attendance.quorum_since_s
+        if since_s is None or not machine.wants_steps or self._speaking or self._hurried == machine.round_index:
+            return
+        if self._clock.now_s() >= since_s + self._genesis.timing.grace_ms / 2e3:
+            self._hurried = machine.round_index
+            self._mailbox.post(Hurry(machine.round_index))
+
+    def _view(self, machine: RoundMachine) -> RoundView:
+        members = tuple(machine.parent.member_of)
+        return RoundView(self._genesis.run_id, machine.round_index, machine.parent.digest, self._me, members)
