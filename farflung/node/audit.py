@@ -104,6 +104,6 @@ class Audit:
             len(manifest.payloads),
             len(manifest.members),
             len(certificate.signatures),
-            "" if counted or not manifest.started else "; mine came too late",
+            "" if counted or not manifest.payloads else "; mine is not among them",
             extra={"peer": self.me.short, "round": manifest.round_index},
         )

@@ -52,7 +52,7 @@ from farflung.protocol.errors import FarflungError, LocalError, PeerError
 from farflung.protocol.genesis import Genesis
 from farflung.protocol.identity import Identity, PeerId
 from farflung.protocol.manifest import Manifest
-from farflung.protocol.round import Phase, RoundMachine, Self
+from farflung.protocol.round import RECENT_TIPS, Phase, RoundMachine, Self
 from farflung.protocol.statements import Announcement, Slot
 from farflung.protocol.wire import Certified, Message, Statement, decode_message, encode_message
 
@@ -194,6 +194,7 @@ class Node:
             secret=self.parts.secret,
         )
         machine = RoundMachine(self.genesis, me, tip)
+        machine.recent_tips.extendleft(self._earlier_tips(tip))
         journal = self.store.journal
         if journal.round_index != machine.round_index:
             self.store.begin_round(machine.round_index)
@@ -201,6 +202,13 @@ class Node:
         self.parts.peers.wanted = self._audience
         await self._carry_out(machine.begin(self.clock.now_s(), [decode_entry(*entry) for entry in journal.read()]))
         self.local.welcome(machine)
+
+    def _earlier_tips(self, tip: Certificate) -> list[bytes]:
+        """Digests of the manifests before the tip, latest first: requests to join may name them."""
+        last = tip.manifest.round_index
+        return [
+            self.sync.certificate(index).manifest.digest for index in range(last - 1, max(-1, last - RECENT_TIPS), -1)
+        ]
 
     async def _report(self) -> None:
         """Keep status.json fresh."""

@@ -234,7 +234,7 @@ class RoundMachine:
         if isinstance(statement, Certified):
             self._hear_certificate(sender, statement.certificate)
             return
-        if isinstance(statement, JoinRequest):
+        if isinstance(statement, JoinRequest) and message.round_index <= self.round_index:
             self.attendance.hear_join(statement)
         if message.round_index > self.round_index:
             self._out.append(CatchUp(sender, message.round_index))
@@ -293,7 +293,8 @@ class RoundMachine:
     # -- advancing ----------------------------------------------------------------------------------------------------
 
     def _open(self, now_s: float, joins: dict[PeerId, JoinRequest]) -> None:
-        self.recent_tips.append(self.parent.digest)
+        if self.parent.digest not in self.recent_tips:
+            self.recent_tips.append(self.parent.digest)
         self.attendance = Attendance(
             self.genesis,
             self.parent,

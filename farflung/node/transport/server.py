@@ -8,13 +8,13 @@ from __future__ import annotations
 import logging
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import aclosing
 from typing import Any, TypeVar
 
 import grpc
 from google.protobuf.message import DecodeError, Message
 
 from farflung.node.runtime import DIGEST_LIST, Service
+from farflung.node.streams import closing
 from farflung.node.transport.flow import Traffic, UploadCap
 from farflung.protocol import limits
 from farflung.protocol import messages_pb2 as pb
@@ -172,24 +172,6 @@ def fitting(items: Any, bytes_max: int) -> list[bytes]:
             break
         kept.append(item)
     return kept
-
-
-def closing(stream: AsyncIterator[Any]) -> Any:
-    """A context that closes an async generator at once instead of when it is collected."""
-    return aclosing(stream) if hasattr(stream, "aclose") else _Open(stream)
-
-
-class _Open:
-    """`aclosing` for iterators that have nothing to close."""
-
-    def __init__(self, stream: AsyncIterator[Any]) -> None:
-        self._stream = stream
-
-    async def __aenter__(self) -> AsyncIterator[Any]:
-        return self._stream
-
-    async def __aexit__(self, *_: object) -> None:
-        pass
 
 
 def _pieces(data: bytes) -> list[bytes]:

@@ -1,0 +1,161 @@
+"""What people see: pure functions from `status.json` and `train.json` to rich renderables and lines of text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from rich.console import Group, RenderableType
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+BARS = "▁▂▃▄▅▆▇█"
+Facts = Mapping[str, Any]
+
+
+class Row(NamedTuple):
+    """One node in a table of several."""
+
+    name: str
+    status: Facts
+    train: Facts
+    life: str
+    """"running", or what became of it."""
+
+
+def sparkline(values: Iterable[float], width: int = 16) -> str:
+    """The last `width` values as bars, scaled to their own range."""
+    shown = [value for value in values if math.isfinite(value)][-width:]
+    if not shown:
+        return ""
+    low, high = min(shown), max(shown)
+    scale = (len(BARS) - 1) / (high - low) if high > low else 0.0
+    return "".join(BARS[round((value - low) * scale)] for value in shown)
+
+
+def human_bytes(count: float) -> str:
+    """Decimal units, three figures: 1.53 MB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.3g} {unit}" if unit != "B" else f"{count:.0f} B"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def human_count(count: float) -> str:
+    """23.1k"""
+    for unit in ("", "k", "M", "G"):
+        if abs(count) < 1000:
+            return f"{count:.3g}{unit}"
+        count /= 1000
+    return f"{count:.3g}T"
+
+
+def human_loss(loss: Any) -> str:
+    """Three decimals; a dash where there is none."""
+    return f"{loss:.3f}" if isinstance(loss, (int, float)) and math.isfinite(loss) else "-"
+
+
+def round_text(status: Facts, train: Facts) -> str:
+    """7/14"""
+    rounds = int(train.get("rounds", 0))
+    index = int(status.get("round", 0))
+    return f"{min(index, rounds)}/{rounds}" if rounds else str(index)
+
+
+def step_text(train: Facts) -> str:
+    """12/30"""
+    return f"{train.get('step', 0)}/{train['inner_steps']}" if train.get("inner_steps") else "-"
+
+
+def doing_text(status: Facts, train: Facts) -> str:
+    """Why this node waits and for whom, or that it trains. Training is never hidden by what the others wait for."""
+    phase, why = str(status.get("phase", "starting")), str(status.get("why", ""))
+    if phase == "training" and status.get("started", True) and train.get("step") and not train.get("ended"):
+        return "training"
+    return why or phase
+
+
+def member_panel(status: Facts, train: Facts, *, hint: str = "Ctrl-C leaves politely, twice at once") -> Panel:
+    """The footer of `farflung join`."""
+    facts = Table.grid(padding=(0, 2))
+    losses = [loss for _, loss in train.get("losses", [])]
+    facts.add_row(
+        f"[bold]round {round_text(status, train)}[/]",
+        f"step {step_text(train)}",
+        f"loss {human_loss(train.get('loss'))} {sparkline(losses)}",
+        f"validation {human_loss(train.get('validation_loss'))}",
+        f"{human_count(train.get('tokens_per_s', 0.0))} tok/s",
+    )
+    members = status.get("members")
+    facts.add_row(
+        f"peers {max(0, len(members) - 1) if members is not None else len(status.get('known', []))}",
+        f"↑ {human_bytes(status.get('bytes_up', 0))}",
+        f"↓ {human_bytes(status.get('bytes_down', 0))}",
+        f"waited {status.get('wait_s', 0.0):.0f} s",
+        f"refused {status['refusals']}" if status.get("refusals") else "",
+    )
+    title = f"{status.get('run', 'farflung')} · {str(status.get('peer', ''))[:8]}"
+    doing = Text(doing_text(status, train), style="cyan")
+    return Panel(Group(facts, doing), title=title, subtitle=hint, title_align="left", subtitle_align="right")
+
+
+COLUMNS = ("node", "round", "step", "tok/s", "loss", "", "validation", "sent", "received", "peers", "doing")
+
+
+def members_table(rows: Sequence[Row], *, title: str = "", caption: str = "") -> RenderableType:
+    """One row per node: for `farflung demo`."""
+    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left", expand=False)
+    for name in COLUMNS:
+        left = name in ("node", "", "doing")
+        table.add_column(name, justify="left" if left else "right", no_wrap=name != "doing")
+    for row in rows:
+        table.add_row(*member_cells(row), style=None if row.life == "running" else "dim")
+    return table
+
+
+def member_cells(row: Row) -> tuple[str, ...]:
+    """The texts of a table row."""
+    status, train = row.status, row.train
+    return (
+        row.name,
+        round_text(status, train),
+        step_text(train),
+        human_count(train.get("tokens_per_s", 0.0)),
+        human_loss(train.get("loss")),
+        sparkline((loss for _, loss in train.get("losses", [])), 12),
+        human_loss(train.get("validation_loss")),
+        human_bytes(status.get("bytes_up", 0)),
+        human_bytes(status.get("bytes_down", 0)),
+        str(max(0, len(status.get("members", [])) - 1)),
+        doing_text(status, train) if row.life == "running" else row.life,
+    )
+
+
+def member_line(row: Row) -> str:
+    """The same as one line of text, where there is no terminal."""
+    name, round_, step, rate, loss, _, validation, up, down, peers, doing = member_cells(row)
+    return (
+        f"{name}: round {round_} step {step} loss {loss} validation {validation} {rate} tok/s "
+        f"↑{up} ↓{down} peers {peers} · {doing}"
+    )
+
+
+def status_lines(row: Row) -> list[str]:
+    """`farflung status`: what one node and its swarm are doing, and always why a round waits, and for whom."""
+    status, train = row.status, row.train
+    unreachable = ", ".join(f"{peer} ({why})" for peer, why in status.get("unreachable", {}).items())
+    lines = [
+        f"{status.get('run', '?')}  run {str(status.get('run_id', ''))[:8]}  "
+        f"node {str(status.get('peer', ''))[:8]}  {row.life}",
+        f"  round {round_text(status, train)}  step {step_text(train)}  loss {human_loss(train.get('loss'))}  "
+        f"validation {human_loss(train.get('validation_loss'))}  {human_count(train.get('tokens_per_s', 0.0))} tok/s",
+        f"  {'why' if row.life == 'running' else 'last said'}: {doing_text(status, train)}",
+        f"  members: {', '.join(status.get('members', [])) or 'not known yet'}",
+        f"  sent {human_bytes(status.get('bytes_up', 0))}, received {human_bytes(status.get('bytes_down', 0))}, "
+        f"trained {status.get('train_s', 0.0):.0f} s, waited {status.get('wait_s', 0.0):.0f} s, "
+        f"refused {status.get('refusals', 0)} messages",
+    ]
+    return [*lines, f"  unreachable: {unreachable}"] if unreachable else lines
