@@ -10,7 +10,6 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -m "not soak" $(ARGS)
-	$(MAKE) wheel-test
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
