@@ -9,7 +9,7 @@ demo: $(STAMP)
 	$(BIN)/farflung demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not soak" $(ARGS)
+	$(BIN)/python -m pytest $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

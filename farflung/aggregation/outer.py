@@ -11,6 +11,7 @@ every operation below is one fp64 operation with its own rounding, and `f32` is 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple, Protocol, TypeVar
 
@@ -141,6 +142,20 @@ def momentum_gain(momentum: float, momentum_d: Tensor, update_d: Tensor, *, thre
     for along_w, square_w in _each_window(work, len(update), threads):
         along, square = along + along_w, square + square_w
     return 1.0 + momentum + (momentum * momentum * (along / square) if square else 0.0)
+
+
+def norm(vector_d: Tensor, *, threads: int = 1) -> float:
+    """The Euclidean norm in fp64, window by window: the same bits everywhere, and no fp64 copy of the vector.
+
+    Infinite or NaN if the vector is not finite.
+    """
+    from farflung.aggregation.kernels import native
+
+    vector = array_of(vector_d, len(vector_d))
+    square = 0.0
+    for square_w in _each_window(lambda at: native.dot(vector[at], vector[at]), len(vector), threads):
+        square += square_w
+    return math.sqrt(square) if square >= 0 else math.nan
 
 
 def _each_window(work: Callable[[slice], T], d: int, threads: int) -> list[T]:

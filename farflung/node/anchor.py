@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from farflung.aggregation.outer import OuterOptimizer, momentum_gain
+from farflung.aggregation.outer import OuterOptimizer, momentum_gain, norm
 from farflung.aggregation.registry import ParsedRule
 from farflung.aggregation.rule import Context
 from farflung.aggregation.weights import Claim, WeightPolicy
@@ -42,7 +42,7 @@ def state_digests(buffers: Sequence[F32], *, pool: ThreadPoolExecutor | None = N
     """The state stream (the buffers' bytes, one after the other) as a blob. Costs one BLAKE3 pass."""
     size = sum(buffer.nbytes for buffer in buffers)
     chunk = choose_chunk_bytes(size)
-    views = [memoryview(buffer).cast("B") for buffer in buffers]
+    views = [buffer.view(np.uint8).data for buffer in buffers]
 
     def digest(start: int) -> bytes:
         hasher, offset = ChunkHasher(chunk), 0
@@ -177,7 +177,7 @@ class Anchor:
             self._stand_still()
             return {}, {"too_few_payloads": 1.0}
         numbers = dict(aggregate.certificate)
-        numbers["update_norm"] = float(torch.linalg.vector_norm(aggregate.update_d, dtype=torch.float64))
+        numbers["update_norm"] = norm(aggregate.update_d, threads=self.threads)
         if self.momentum_d is not None:
             numbers["momentum_gain"] = momentum_gain(self.outer.momentum, self.momentum_d, aggregate.update_d)
         self.outer.step(

@@ -73,9 +73,8 @@ def step_text(train: Facts) -> str:
 def doing_text(status: Facts, train: Facts) -> str:
     """Why this node waits and for whom, or that it trains. Training is never hidden by what the others wait for."""
     phase, why = str(status.get("phase", "starting")), str(status.get("why", ""))
-    if phase == "training" and status.get("started", True) and train.get("step") and not train.get("ended"):
-        return "training"
-    return why or phase
+    trains = phase == "training" and train.get("round") == status.get("round") and not train.get("ended")
+    return "training" if trains else why or phase
 
 
 def member_panel(status: Facts, train: Facts, *, hint: str = "Ctrl-C leaves politely, twice at once") -> Panel:

@@ -12,6 +12,7 @@ import torch
 from farflung.aggregation.outer import parse_outer
 from farflung.node.directory import parse_door
 from farflung.node.run_file import RunFile, make_genesis
+from farflung.node.saved import outbound_host
 from farflung.node.store import Home, RunStore
 from farflung.protocol.certificate import certify_first
 from farflung.protocol.errors import ConfigError
@@ -82,30 +83,5 @@ def write_port(store: RunStore, port: int) -> None:
     (store.directory / "port").write_text(str(port), encoding="ascii")
 
 
-def outbound_host() -> str:
-    """The address this machine uses towards the internet, from its routing table; no packet is sent."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(("192.0.2.1", 9))  # TEST-NET-1: nobody lives there
-            return str(probe.getsockname()[0])
-        except OSError:
-            return "127.0.0.1"
-
-
 def _dialled_host(host: str) -> str:
     return outbound_host() if host in EVERYWHERE else host
-
-
-def refreshed(invite: Invite, home: Home, directory: Path, announce: tuple[str, ...] = ()) -> Invite:
-    """The same invite with this machine's present address in place of its old ones."""
-    me = str(home.identity.peer_id)
-    mine = [address for address in invite.addresses if address.startswith(f"{me}@")]
-    path = directory / "port"
-    if announce:
-        mine = [f"{me}@{address}" for address in announce]
-    elif path.exists():
-        hosts = {address.rpartition(":")[0].partition("@")[2] for address in mine}
-        host = "127.0.0.1" if hosts == {"127.0.0.1"} else outbound_host()
-        mine = [f"{me}@{host}:{path.read_text(encoding='ascii').strip()}"]
-    others = [address for address in invite.addresses if not address.startswith(f"{me}@")]
-    return Invite(invite.run_id, (*mine, *others), invite.dht, invite.secret)

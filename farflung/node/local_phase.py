@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
-
+from farflung.aggregation.outer import norm
 from farflung.node.anchor import Anchor
 from farflung.node.audit import Audit
 from farflung.node.blobs import BlobSource
@@ -70,7 +69,7 @@ class LocalPhase:
 
     def encode(self, result: LocalResult) -> tuple[BlobRef | None, BlobSource | None]:
         """Put the payload and the error feedback it leaves behind on disk. None: the update is wild, abstain."""
-        why = self.screen.refuse(float(torch.linalg.vector_norm(result.delta_d, dtype=torch.float64)))
+        why = self.screen.refuse(norm(result.delta_d, threads=self._anchor.threads))
         if why is not None:
             self._audit.note(f"abstains: {why}", round_index=result.round_index)
             return None, None

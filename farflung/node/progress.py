@@ -57,8 +57,8 @@ class Progress:
     def __post_init__(self) -> None:
         self._sum: Tensor | None = None
         self._count = 0
-        self._round_tokens = 0
-        self._began_s = self._written_s = time.monotonic()
+        self._round_tokens, self._round_s = 0, 0.0
+        self._seen_s = self._written_s = time.monotonic()
 
     @classmethod
     def resume(cls, directory: Path) -> Progress:
@@ -69,13 +69,15 @@ class Progress:
 
     def note_step(self, loss: Tensor, tokens: int) -> None:
         """One counted optimiser step. Waits for the device only when the file is due."""
+        now_s = time.monotonic()
+        self._round_s, self._seen_s = self._round_s + now_s - self._seen_s, now_s
         self._sum = loss if self._sum is None else self._sum + loss
         self._count += 1
         self.step += 1
         self.global_step += 1
         self.tokens += tokens
         self._round_tokens += tokens
-        if time.monotonic() - self._written_s >= WRITE_S:
+        if now_s - self._written_s >= WRITE_S:
             self.write()
 
     def note_adoption(self, round_index: int, global_step: int) -> None:
@@ -85,12 +87,12 @@ class Progress:
             _append(self.losses, (self.round, self.loss))
         self.round, self.global_step = round_index, global_step
         self.step = self._count = self._round_tokens = 0
-        self._sum = None
+        self._round_s, self._sum = 0.0, None
         self.write()
 
-    def note_training_begins(self) -> None:
-        """The clock of tokens/s starts: waiting and evaluating do not count."""
-        self._began_s = time.monotonic()
+    def note_return(self) -> None:
+        """Back to training: the time since the last step, of waiting and evaluating, is not training's."""
+        self._seen_s = time.monotonic()
 
     def note_validation(self, round_index: int, loss: float) -> None:
         """θ after a round was evaluated."""
@@ -117,7 +119,7 @@ class Progress:
     def _settle(self) -> None:
         if self._count and self._sum is not None:
             self.loss = float(self._sum) / self._count
-            self.tokens_per_s = self._round_tokens / max(time.monotonic() - self._began_s, 1e-9)
+            self.tokens_per_s = self._round_tokens / max(self._round_s, 1e-9)
 
 
 _HISTORIES = ("losses", "validation")
