@@ -46,10 +46,10 @@ class Events:
 def watch(node: Node, events: Events) -> None:
     """Report every message heard, every chunk received and served, every blob fetched. Changes nothing."""
     exchange, transport = node.parts.exchange, node.parts.transport
-    on_envelope, on_fetch, fetch_chunks, fetch_blob = node.on_envelope, node.on_fetch, transport.fetch, exchange.fetch
+    receive, on_fetch, fetch_chunks, fetch_blob = node.receive, exchange.on_fetch, transport.fetch, exchange.fetch
 
-    async def heard(envelope: bytes) -> None:
-        await on_envelope(envelope)
+    def heard(envelope: bytes) -> None:
+        receive(envelope)
         message = decode_message(envelope, node.genesis.run_id)
         events("heard", peer=message.sender.short, what=type(message.statement).__name__)
 
@@ -63,13 +63,13 @@ def watch(node: Node, events: Events) -> None:
             events("chunk", blob=ref.short, peer=to.peer_id.short, bytes=len(data), list=index == 0xFFFFFFFF)
             yield index, data
 
-    async def blob(ref: Any, **how: Any) -> Any:
+    async def blob(ref: Any, *where: Any, **how: Any) -> Any:
         events("fetch", blob=ref.short, bytes=ref.size)
-        source = await fetch_blob(ref, **how)
+        source = await fetch_blob(ref, *where, **how)
         events("fetched", blob=ref.short, bytes=ref.size)
         return source
 
-    node.on_envelope, node.on_fetch = heard, served  # type: ignore[method-assign]
+    node.receive, exchange.on_fetch = heard, served  # type: ignore[method-assign]
     transport.fetch, exchange.fetch = chunk, blob  # type: ignore[method-assign]
 
 

@@ -59,6 +59,13 @@ class Rig:
         start = self.hosts.start if self.hosts else lambda _, command, **how: subprocess.Popen(command, **how)
         self.children[member] = start(member, command, stdout=log, stderr=subprocess.STDOUT)
 
+    def start_all(self, members: int, **options: Any) -> None:
+        """Start members 0 to `members` - 1; the others knock when the founder listens."""
+        self.start(0, **options)
+        self.wait_until("the founder's start", lambda: of_kind(self.events(0), "opened"), 60)
+        for member in range(1, members):
+            self.start(member, **options)
+
     def events_path(self, member: int) -> Path:
         return self.root / f"{member}.jsonl"
 
@@ -72,6 +79,10 @@ class Rig:
         """A member's round log."""
         paths = list((self.root / str(member) / "runs").glob("*/rounds.jsonl"))
         return [json.loads(line) for line in paths[0].read_text().splitlines()] if paths else []
+
+    def trained(self, member: int) -> list[Event]:
+        """Rounds with payloads in a member's log."""
+        return [entry for entry in self.rounds(member) if any(part["bytes"] for part in entry["payloads"].values())]
 
     def wait_until(self, what: str, holds: Any, seconds: float) -> None:
         """Poll until `holds()`; raises TimeoutError, with the ends of the logs, if it does not in time."""

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 USAGE, TOO_FEW, BUG, INTERRUPTED = 2, 3, 70, 130
 
-HomeOption = Annotated[Path | None, Parameter(help="Where identity, chain and checkpoints are kept "
-                                                   "[default: $FARFLUNG_HOME, or farflung in the user's data folder].")]  # fmt: skip
+_HOME_HELP = "Where identity, chain and checkpoints are kept [default: $FARFLUNG_HOME, or farflung among the user's data]."
+HomeOption = Annotated[Path | None, Parameter(help=_HOME_HELP)]
 RunOption = Annotated[str, Parameter(help="The first letters of a run's id, where a home has several.")]
 ListenOption = Annotated[str, Parameter(help="Accept connections there; port 0 takes a free one and keeps it.")]
 AnnounceOption = Annotated[
@@ -73,9 +73,11 @@ def new(
     here = f"{where} --listen {founded.listen}" + "".join(f" --announce {address}" for address in announce)
     task = "" if run.task.startswith("builtin:") else f" --task {run.task}"
     genesis = founded.genesis
-    print(f"run {genesis.run_id.hex()[:8]}: {genesis.name}, {genesis.schema.numel:,} parameters, kept in {founded.directory}")
+    size = f"{genesis.schema.numel:,} parameters"
+    print(f"run {genesis.run_id.hex()[:8]}: {genesis.name}, {size}, kept in {founded.directory}")
     print(f"\nStart training on this machine:\n\n  farflung join{here}{task}")
-    print(f"\nOn every other machine (the invite holds the join secret; keep it among members):\n\n  farflung join{task} {founded.invite}")
+    print("\nOn every other machine (the invite holds the join secret; keep it among members):")
+    print(f"\n  farflung join{task} {founded.invite}")
     return 0
 
 
@@ -194,14 +196,18 @@ def status(*, home: HomeOption = None, run: RunOption = "", json: Annotated[bool
 
 @app.command
 def invite(
-    *, home: HomeOption = None, run: RunOption = "", announce: AnnounceOption = (), refresh: Annotated[bool, Switch] = False
+    *,
+    home: HomeOption = None,
+    run: RunOption = "",
+    announce: AnnounceOption = (),
+    refresh: Annotated[bool, Switch] = False,
 ) -> int:
     """Print an invite to this home's run.
 
     Parameters
     ----------
     refresh
-        Look this machine's address up again, and keep it.
+        Look this machine's addresses up again: for when they have changed.
     """
     from farflung.node.saved import refreshed, saved_invite, saved_runs
     from farflung.node.store import open_home, read_status
@@ -214,7 +220,6 @@ def invite(
         saved = parse_invite(text)
     if refresh or announce:
         saved = refreshed(saved, str(open_home(root).identity.peer_id), directory, announce)
-        RunStore.keep_invite(directory, str(saved))
     print(saved)
     return 0
 
@@ -223,7 +228,7 @@ def invite(
 def demo(
     *,
     members: int = 4,
-    rounds: int = 14,
+    rounds: int = 60,
     inner_steps: int = 30,
     codec: str = "ef(1)|q2",
     outer: str = "nesterov(lr=0.7,momentum=0.6)",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from farflung.node.blob_sources import BlobSource, PartialBlob
 from farflung.node.runtime import DIGEST_LIST, Clock, Holding
@@ -148,7 +149,7 @@ class Shelf:
         item = self._items.get(digest)
         if item is None:
             raise PeerError("?", f"blob {digest[:4].hex()} is not here")
-        if any(a >= b for a, b in zip(chunks, chunks[1:], strict=False)) or (chunks and chunks[-1] >= item.ref.chunks):
+        if any(a >= b for a, b in pairwise(chunks)) or (chunks and chunks[-1] >= item.ref.chunks):
             raise PeerError("?", f"chunks of blob {item.ref.short} out of order or range")
         if not chunks:
             yield DIGEST_LIST, b"".join(item.digests)

@@ -61,7 +61,7 @@ def human_loss(loss: Any) -> str:
 def round_text(status: Facts, train: Facts) -> str:
     """7/14"""
     rounds = int(train.get("rounds", 0))
-    index = int(status.get("round", 0))
+    index = max(int(status.get("round", 0)), int(train.get("round", 0)))
     return f"{min(index, rounds)}/{rounds}" if rounds else str(index)
 
 
@@ -71,9 +71,10 @@ def step_text(train: Facts) -> str:
 
 
 def doing_text(status: Facts, train: Facts) -> str:
-    """Why this node waits and for whom, or that it trains. Training is never hidden by what the others wait for."""
+    """Why this node waits and for whom, or that it trains: the two files are not of the same instant."""
     phase, why = str(status.get("phase", "starting")), str(status.get("why", ""))
-    trains = phase == "training" and train.get("round") == status.get("round") and not train.get("ended")
+    ahead = int(train.get("round", 0)) - int(status.get("round", 0))
+    trains = not train.get("ended") and (ahead > 0 or (ahead == 0 and phase == "training"))
     return "training" if trains else why or phase
 
 

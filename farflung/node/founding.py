@@ -12,8 +12,8 @@ import torch
 from farflung.aggregation.outer import parse_outer
 from farflung.node.directory import parse_door
 from farflung.node.run_file import RunFile, make_genesis
-from farflung.node.saved import outbound_host
 from farflung.node.store import Home, RunStore
+from farflung.node.transport.addresses import announced
 from farflung.protocol.certificate import certify_first
 from farflung.protocol.errors import ConfigError
 from farflung.protocol.genesis import Genesis
@@ -21,9 +21,6 @@ from farflung.protocol.invite import Invite
 
 SECRET_BYTES = 16
 """Of the join secret: its hash is public in genesis, so it must not be guessable."""
-
-EVERYWHERE = ("0.0.0.0", "[::]", "::", "")
-"""Hosts that say "all addresses of this machine" and so cannot be dialled."""
 
 
 class Founded(NamedTuple):
@@ -43,12 +40,12 @@ def found_run(run: RunFile, home: Home, *, listen: str = "0.0.0.0:0", announce: 
     cannot work and for a taken port; nothing is left behind then.
     """
     host, port = choose_port(listen)
-    for address in announce:
+    addresses = announced(host.strip("[]"), port, announce)
+    for address in addresses:
         parse_door(address)
     identity = home.identity
     secret = secrets.token_bytes(SECRET_BYTES)
     genesis, theta_d = make_genesis(run, identity.public_key, secret)
-    addresses = announce or (f"{_dialled_host(host)}:{port}",)
     invite = Invite(genesis.run_id, tuple(f"{identity.peer_id}@{address}" for address in addresses), secret=secret)
     with home.run(genesis.run_id) as store:
         store.write_genesis(genesis.canonical_bytes)
@@ -81,7 +78,3 @@ def choose_port(listen: str) -> tuple[str, int]:
 def write_port(store: RunStore, port: int) -> None:
     """Remember the port: an opening that is told port 0 takes it again (`opening._listen_address`)."""
     (store.directory / "port").write_text(str(port), encoding="ascii")
-
-
-def _dialled_host(host: str) -> str:
-    return outbound_host() if host in EVERYWHERE else host

@@ -33,11 +33,14 @@ def show(joining: Joining, *, plain: bool, as_json: bool) -> Iterator[None]:
             yield
         return
     console = Console()
-    with logging_to(console), Live(
-        console=console,
-        refresh_per_second=FRAMES_PER_S,
-        get_renderable=lambda: member_panel(joining.status(), joining.progress.view()),
-        transient=True,
+    with (
+        logging_to(console),
+        Live(
+            console=console,
+            refresh_per_second=FRAMES_PER_S,
+            get_renderable=lambda: member_panel(joining.status(), joining.progress.view()),
+            transient=True,
+        ),
     ):
         yield
 

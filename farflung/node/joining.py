@@ -148,7 +148,7 @@ class Joining:
         """Before there was anything to train: whoever has admitted this member should still hear of it."""
         try:
             if self.member is not None:
-                self.member.close(polite_s=LEAVE_S)
+                self.member.close(polite_s=LEAVE_S if "members" in self.member.status() else 0.0)
         except StopNow:
             return "stopped at once"
         return "left"
@@ -244,15 +244,18 @@ class _Loop:
         with self.anchor.lock:
             theta_d = self.anchor.theta_d
             return all(
-                torch.equal(part.tensor.cpu(), theta_d[part.start : part.stop].view(part.tensor.shape).to(part.tensor.dtype))
+                torch.equal(
+                    part.tensor.cpu(), theta_d[part.start : part.stop].view(part.tensor.shape).to(part.tensor.dtype)
+                )
                 for part in trainable(self.model)
             )
 
     def _say(self, round_index: int) -> None:
         progress = self.progress
         loss = f"{progress.losses[-1][1]:.3f}" if progress.losses else "-"
-        validation = f", validation {progress.validation_loss:.3f}" if progress.validation_loss is not None else ""
-        text = f"round {round_index} is over here: loss {loss}{validation}, {progress.tokens_per_s:.0f} tok/s"
+        fresh = progress.validation[-1:] and progress.validation[-1][0] == round_index
+        validation = f", validation {progress.validation[-1][1]:.3f}" if fresh else ""
+        text = f"round {round_index}: loss {loss}{validation}, {progress.tokens_per_s:.0f} tok/s"
         log.info(text, extra={"round": round_index})
 
     # -- the inner state ----------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""How training goes, for people: `train.json` beside the node's `status.json`, and what `farflung status` makes of both.
+"""How training goes, for people: `train.json` beside the node's `status.json`, and whether its process still runs.
 
 Losses are means over a round's local steps; validation losses are of θ, the state after a round. Both histories keep
 their shape at any length: beyond HISTORY_MAX every second old entry is dropped.

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-import socket
 from pathlib import Path
 
+from farflung.node.transport.addresses import announced
+from farflung.protocol import limits
 from farflung.protocol.errors import ConfigError
 from farflung.protocol.invite import Invite, parse_invite
 
@@ -35,25 +36,13 @@ def saved_invite(root: Path, run: str = "") -> Invite:
     return parse_invite((directories[0] / "invite").read_text())
 
 
-def outbound_host() -> str:
-    """The address this machine uses towards the internet, from its routing table; no packet is sent."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(("192.0.2.1", 9))  # TEST-NET-1: nobody lives there
-            return str(probe.getsockname()[0])
-        except OSError:
-            return "127.0.0.1"
-
-
 def refreshed(invite: Invite, me: str, directory: Path, announce: tuple[str, ...] = ()) -> Invite:
-    """The same invite with this machine's present address in place of its old ones. `me` is its peer id."""
-    mine = [address for address in invite.addresses if address.startswith(f"{me}@")]
+    """The same invite with this machine's present addresses in place of its old ones. `me` is its peer id."""
+    mine = tuple(address for address in invite.addresses if address.startswith(f"{me}@"))
+    others = tuple(address for address in invite.addresses if address not in mine)
     port = directory / "port"
-    if announce:
-        mine = [f"{me}@{address}" for address in announce]
-    elif port.exists():
-        local = {address.partition("@")[2].rpartition(":")[0] for address in mine} == {"127.0.0.1"}
-        host = "127.0.0.1" if local else outbound_host()
-        mine = [f"{me}@{host}:{port.read_text(encoding='ascii').strip()}"]
-    others = [address for address in invite.addresses if not address.startswith(f"{me}@")]
-    return Invite(invite.run_id, (*mine, *others), invite.dht, invite.secret)
+    if announce or port.exists():
+        local = bool(mine) and all(address.startswith(f"{me}@127.") for address in mine)
+        number = int(port.read_text(encoding="ascii")) if port.exists() else 0
+        mine = tuple(f"{me}@{at}" for at in announced("127.0.0.1" if local else "", number, announce))
+    return Invite(invite.run_id, (*mine, *others)[: limits.ADDRESSES_MAX], invite.dht, invite.secret)

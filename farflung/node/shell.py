@@ -140,11 +140,11 @@ class Node:
         """Work until this member has left, or is so far behind that fetching the state again is quicker."""
         self._lost.clear()
         assert self._failed is not None
-        waits: list[asyncio.Task[object]] = [
-            asyncio.create_task(wait) for wait in (self._work(), self._left.wait(), self._lost.wait())
+        waits: list[asyncio.Future[Any]] = [
+            asyncio.ensure_future(wait) for wait in (self._work(), self._left.wait(), self._lost.wait())
         ]
         try:
-            await asyncio.wait({*waits, self._failed}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait([*waits, self._failed], return_when=asyncio.FIRST_COMPLETED)
             for ended in (waits[0], self._failed):
                 if ended.done():
                     await ended
@@ -154,8 +154,11 @@ class Node:
             await asyncio.gather(*waits, return_exceptions=True)
 
     def leave(self) -> None:
-        """Ask to be released politely; `run` returns when the next manifest does so."""
-        self._give(Leave())
+        """Ask to be released politely; `run` returns when the next manifest does so, at once if nobody else is there."""
+        if self.machine is not None and set(self.machine.parent.member_of) == {self.me}:
+            self._left.set()
+        else:
+            self._give(Leave())
 
     def local_result(self, result: LocalResult) -> None:
         """From training: the local phase of a round is over. Answered by a notice in the mailbox."""
@@ -354,7 +357,10 @@ class Node:
         source = self.store.snapshot_source(round_index)
         assert source is not None
         self.parts.exchange.offer(source)
-        for digest in await self._in_thread(self.sync.prune, round_index):
+        machine = self.machine
+        assert machine is not None
+        in_use = {item.payload.digest for item in machine.attendance.announcements.values() if item.payload}
+        for digest in await self._in_thread(self.sync.prune, in_use):
             self.parts.exchange.forget(digest)
 
     async def _heal(self, certificate: Certificate) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -149,8 +149,7 @@ class StateSync:
             return held
         snapshot = self.store.latest_snapshot()
         if snapshot is not None and snapshot.round_index <= goal:
-            expected = self.certificate(snapshot.round_index).state_digest
-            if snapshot.ref.digest == expected:
+            if self._vouched(snapshot.round_index, snapshot.ref):
                 self.anchor.load(snapshot.round_index, *snapshot.load())
                 return snapshot.round_index
         return 0 if self.anchor.round_index == 0 and self._matches(0) else None
@@ -160,12 +159,17 @@ class StateSync:
 
         Raises PeerError if the disk does not hold what that takes.
         """
-        snapshot = next((s for s in map(self.store.snapshots.at, range(round_index, -1, -1)) if s is not None), None)
+        held = (self.store.snapshots.at(index) for index in range(round_index, -1, -1))
+        snapshot = next((one for one in held if one is not None and self._vouched(one.round_index, one.ref)), None)
         if snapshot is None:
             raise PeerError("?", f"no snapshot from before round {round_index} to recompute from")
         self.anchor.load(snapshot.round_index, *snapshot.load())
         for index in range(snapshot.round_index + 1, round_index + 1):
             self._apply(self.certificate(index))
+
+    def _vouched(self, round_index: int, ref: BlobRef) -> bool:
+        """Whether a snapshot is the certified state: one written from a damaged memory is not."""
+        return self.certificate(round_index).state_digest == ref.digest
 
     def _matches(self, round_index: int) -> bool:
         ref, _ = state_digests(self.anchor.arrays())
@@ -197,7 +201,7 @@ class StateSync:
             sound = (
                 after < index <= goal
                 and (ref.size, ref.chunk_bytes) == (size, choose_chunk_bytes(size))
-                and self.certificate(index).state_digest == ref.digest
+                and self._vouched(index, ref)
             )
             if sound and (best is None or index > best[0]):
                 best = index, ref
@@ -268,18 +272,27 @@ class StateSync:
                 sources.append(payload)
         return sources
 
-    def prune(self, round_index: int) -> list[bytes]:
-        """Drop payloads that the older of the two newest snapshots has made superfluous; returns their digests."""
+    def prune(self, in_use: Collection[bytes]) -> list[bytes]:
+        """Drop payloads that the older of the two newest snapshots has made superfluous; returns their digests.
+
+        Equal updates have equal digests: what a later round lists as well stays, and so does what is `in_use` now.
+        """
         rounds = sorted(self.store.snapshots.rounds())
         oldest = rounds[-2] if len(rounds) > 1 else -1
-        dropped = []
-        for index in range(max(oldest - 2 * self.genesis.snapshot_rounds, 1), oldest + 1):
-            data = self.store.certificate(index)
-            for item in decode_certificate(data).manifest.payloads if data else ():
-                if item.payload is not None and self.store.blob(item.payload.digest) is not None:
-                    self.store.drop(item.payload.digest)
-                    dropped.append(item.payload.digest)
+        newest = self.store.certificates.next_round - 1
+        kept = {*in_use}.union(*map(self._payload_digests, range(max(oldest, 0) + 1, newest + 1)))
+        old = set[bytes]().union(
+            *map(self._payload_digests, range(max(oldest - 2 * self.genesis.snapshot_rounds, 1), oldest + 1))
+        )
+        dropped = [digest for digest in sorted(old - kept) if self.store.blob(digest) is not None]
+        for digest in dropped:
+            self.store.drop(digest)
         return dropped
+
+    def _payload_digests(self, round_index: int) -> set[bytes]:
+        data = self.store.certificate(round_index)
+        payloads = decode_certificate(data).manifest.payloads if data else ()
+        return {item.payload.digest for item in payloads if item.payload is not None}
 
     async def _in(self, pool: ThreadPoolExecutor, function: Callable[..., Any], *arguments: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(pool, function, *arguments)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import threading
+import time
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -33,6 +37,9 @@ from farflung.protocol.genesis import Genesis, Timing, secret_digest
 from farflung.protocol.record import PeerRecord
 
 SECRET = b"a secret of sixteen bytes or more"
+SLACK_S = 30.0
+"""How long anything may take on a loaded machine before a test gives up."""
+
 QUICK = Timing(grace_ms=3_000, deadline_floor_ms=1_000, deadline_ceiling_ms=60_000, view_floor_ms=1_000, resend_ms=200)
 
 
@@ -141,6 +148,7 @@ class SmallWorld:
 
     def __init__(self, root: Path, make_model: Callable[[], nn.Module], **changes) -> None:
         self.root, self.make_model, self.net, self.records = root, make_model, Net(), {}
+        self.players: list[Player] = []
         self.founder = open_home(root / "0")
         model = make_model()
         schema = schema_of(model)
@@ -167,8 +175,17 @@ class SmallWorld:
             store.append_certificate(0, first.canonical_bytes)
             store.write_snapshot(0, theta, {"momentum": torch.zeros_like(theta)} if buffers else {})
 
-    def join(self, index: int, model: nn.Module | None = None, secret: bytes = SECRET) -> tuple[Swarm, nn.Module]:
+    def join(
+        self,
+        index: int,
+        model: nn.Module | None = None,
+        secret: bytes = SECRET,
+        on_adopt: Callable[[int], None] | None = None,
+    ) -> tuple[Swarm, nn.Module]:
         model = model if model is not None else self.make_model()
+        return Swarm(self.member(index, model, secret), model, on_adopt), model
+
+    def member(self, index: int, model: nn.Module, secret: bytes = SECRET) -> Member:
         home = open_home(self.root / str(index))
 
         async def open_node(stack: AsyncExitStack, mailbox: Mailbox) -> Node:
@@ -201,4 +218,107 @@ class SmallWorld:
             stack.push_async_callback(peers.stop)
             return node
 
-        return Swarm(Member(open_node), model), model
+        return Member(open_node)
+
+    # -- players: members with a training loop ------------------------------------------------------------------------
+
+    def __enter__(self) -> SmallWorld:
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        for player in self.players:
+            player.crash()
+        if error is None:
+            for player in self.players:
+                player.reraise()
+
+    def play(self, index: int, step: Step, **settings) -> Player:
+        player = Player(self, index, step, **settings)
+        self.players.append(player)
+        player.start()
+        return player
+
+    def directory(self, index: int) -> Path:
+        return self.root / str(index) / "runs" / self.genesis.run_id.hex()
+
+    def round_log(self, index: int) -> dict[int, dict[str, Any]]:
+        path = self.directory(index) / "rounds.jsonl"
+        lines = path.read_text().split("\n")[:-1] if path.exists() else []
+        return {entry["round"]: entry for entry in map(json.loads, lines)}
+
+    def trained(self, index: int) -> list[dict[str, Any]]:
+        """The rounds in which something was aggregated."""
+        return [entry for entry in self.round_log(index).values() if entry["payloads"]]
+
+
+Step = Callable[["Player"], float | None]
+"""One optimiser step on the player's model; returns a loss, or nothing."""
+
+
+class Player(threading.Thread):
+    """A member whose training loop runs in this thread. It takes `phases` local phases, then rests (None: never)."""
+
+    def __init__(
+        self, world: SmallWorld, index: int, step: Step, *, phases: int | None = None, secret: bytes = SECRET
+    ) -> None:
+        super().__init__(name=f"player {index}", daemon=True)
+        self.world, self.index, self.one_step, self.phases, self.secret = world, index, step, phases, secret
+        self.model = world.make_model()
+        self.swarm: Swarm | None = None
+        self.error: BaseException | None = None
+        self.adopted: dict[int, torch.Tensor] = {}
+        """What the model held when each round's training began."""
+        self.steps_taken = 0
+        self.stopping = threading.Event()
+        self.rested = threading.Event()
+
+    @property
+    def node(self) -> Node:
+        assert self.swarm is not None
+        return self.swarm._member.node
+
+    def run(self) -> None:
+        try:
+            self.swarm, _ = self.world.join(self.index, self.model, self.secret, self._note)
+            while not self.swarm.finished and not self.stopping.is_set():
+                if self.phases is not None and len(self.adopted) > self.phases:
+                    break
+                self.steps_taken += 1
+                self.swarm.step(1, self.one_step(self))
+        except BaseException as error:
+            self.error = error
+        finally:
+            self.rested.set()
+
+    def _note(self, round_index: int) -> None:
+        held_d = torch.empty(self.world.genesis.schema.numel)
+        read_parameters(self.model, held_d)
+        self.adopted[round_index] = held_d
+
+    def rest(self, within_s: float = SLACK_S) -> None:
+        """Wait until the training loop is over."""
+        assert self.rested.wait(within_s), f"{self.name}: {self.swarm and self.swarm.status['why']}"
+        self.reraise()
+
+    def reraise(self) -> None:
+        if self.error is not None:
+            raise self.error
+
+    def crash(self) -> None:
+        """Close without a word to the others."""
+        self.stopping.set()
+        if self.swarm is not None:
+            self.swarm.leave(0.0)
+        self.join(SLACK_S)
+
+    def held(self) -> torch.Tensor:
+        """What each adoption gave, in order."""
+        return torch.stack([self.adopted[at] for at in sorted(self.adopted)])
+
+
+def eventually(condition: Callable[[], bool], what: str = "", within_s: float = SLACK_S) -> None:
+    """Poll until the condition holds; everything it may wait for happens in other threads."""
+    end_s = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < end_s, f"not within {within_s:.0f} s: {what}"
+        time.sleep(0.005)
