@@ -12,7 +12,9 @@ not payload: one plain TCP connection is measured first, as the most that anythi
 
 from __future__ import annotations
 
+import itertools
 import statistics
+import time
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +64,17 @@ def play(name: str, lines: list[Line], run: RunFile, rounds: int, seconds: float
         tcp = plain_tcp_mbit(hosts, 1, 2, 3.0)
         with rig(run, hosts, keep=out / f"narrow_{name}") as world:
             world.start_all(MEMBERS)
-            world.wait_until("the rounds", lambda: min(map(len, map(world.trained, range(MEMBERS)))) >= rounds, seconds)
+            wire: list[tuple[float, list[tuple[int, int]]]] = []
+
+            def done() -> bool:
+                if not wire or time.monotonic() > wire[-1][0] + 0.5:
+                    wire.append((time.monotonic(), hosts.wire_bytes()))
+                return min(map(len, map(world.trained, range(MEMBERS)))) >= rounds
+
+            world.wait_until("the rounds", done, seconds)
             return {
                 "tcp": tcp,
+                "wire": wire,
                 "events": [world.events(member) for member in range(MEMBERS)],
                 "rounds": [world.rounds(member) for member in range(MEMBERS)],
             }
@@ -113,8 +123,11 @@ def bulk(out: Path, mbit: float, payload_mb: float, rounds: int) -> None:
                 }
             )
             bars.append((span["begin"], span["end"], f"m{member} round {index + 1}"))
+    show_lines(played["wire"], mbit, bars)
     timeline(sorted(bars, key=lambda bar: bar[2][-2:]))
     share = statistics.median(row["share of line"] for row in rows)
+    chunks = [event for events in played["events"] for event in of_kind(events, "chunk") if not event["list"]]
+    received, wanted = sum(event["bytes"] for event in chunks), sum(row["payload MB"] for row in rows) * 1e6
     publish(
         out,
         "narrow_links_bulk",
@@ -122,11 +135,23 @@ def bulk(out: Path, mbit: float, payload_mb: float, rounds: int) -> None:
         title=f"bulk: {MEMBERS} members at {mbit:g} Mbit/s, payloads of {payload_mb:g} MB",
         notes=[
             f"one plain TCP connection: {played['tcp'] / mbit:.1%} of the line",
+            f"chunks received: {received / wanted:.3f} x what was wanted (1: nothing twice)",
             f"{health(played, run)}",
             noise(),
             goal(f"median share of the line {share:.1%} (goal 90 %)", share >= 0.9),
         ],
     )
+
+
+def show_lines(wire: list[tuple[float, list[tuple[int, int]]]], mbit: float, bars: list[tuple[float, float, str]]) -> None:
+    """How full each line was, half second by half second, while payloads moved: wire bytes, all headers included."""
+    first, last = min(bar[0] for bar in bars), max(bar[1] for bar in bars)
+    pairs = [(a, b) for a, b in itertools.pairwise(wire) if a[0] >= first - 0.5 and b[0] <= last + 0.5]
+    for host in range(MEMBERS):
+        for way, name in enumerate(("up", "down")):
+            full = [(b[1][host][way] - a[1][host][way]) * 8e-6 / (b[0] - a[0]) / mbit for a, b in pairs]
+            blocks = "".join(" ▁▂▃▄▅▆▇█"[min(8, max(0, round(part * 8)))] for part in full)
+            console.print(f"{f'm{host} {name}':>14} |{blocks}| {statistics.mean(full):.0%}", highlight=False)
 
 
 def thin(out: Path, mbit: float, payload_mb: float, rounds: int) -> None:

@@ -12,6 +12,7 @@ every kernel): what is measured is bandwidth and queueing.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -87,10 +88,12 @@ class Hosts:
         """Run a command on a host and wait for it."""
         return subprocess.run(self.command(host, command), check=True, **options)
 
-    def sent_bytes(self, host: int) -> int:
-        """Bytes on the wire that left the host, headers and retransmissions included."""
-        text = self.run(host, ["cat", "/sys/class/net/eth0/statistics/tx_bytes"], capture_output=True, text=True).stdout
-        return int(text)
+    def wire_bytes(self) -> list[tuple[int, int]]:
+        """Bytes on the wire up and down so far, by host; headers, acknowledgements and retransmissions included."""
+        ports = json.loads(_sh("ip", "-n", f"{TAG}sw", "-s", "-j", "link"))
+        found = {port["ifname"]: port["stats64"] for port in ports}
+        stats = [found[f"port{host}"] for host in range(len(self.lines))]
+        return [(one["rx"]["bytes"], one["tx"]["bytes"]) for one in stats]
 
     def __enter__(self) -> Hosts:
         if threading_main():
@@ -181,13 +184,14 @@ def _tool(name: str) -> str | None:
     return shutil.which(name) or next((path for path in (f"/usr/sbin/{name}", f"/sbin/{name}") if Path(path).exists()), None)
 
 
-def _sh(*command: str) -> None:
+def _sh(*command: str) -> str:
     path = _tool(command[0])
     if path is None:
         raise RuntimeError(f"{command[0]} not found")
     done = subprocess.run([path, *command[1:]], capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}: {done.stderr.strip() or done.returncode}")
+    return done.stdout
 
 
 if __name__ == "__main__":

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 
 USAGE, TOO_FEW, BUG, INTERRUPTED = 2, 3, 70, 130
 
-_HOME_HELP = "Where identity, chain and checkpoints are kept [default: $FARFLUNG_HOME, or farflung among the user's data]."
+_HOME_HELP = (
+    "Where identity, chain and checkpoints are kept [default: $FARFLUNG_HOME, or farflung among the user's data]."
+)
 HomeOption = Annotated[Path | None, Parameter(help=_HOME_HELP)]
 RunOption = Annotated[str, Parameter(help="The first letters of a run's id, where a home has several.")]
 ListenOption = Annotated[str, Parameter(help="Accept connections there; port 0 takes a free one and keeps it.")]
@@ -146,6 +148,7 @@ def join(
     from farflung.node.signals import Signals
     from farflung.node.store import open_home
     from farflung.node.trainer import TrainerSettings
+    from farflung.node.training_loop import LoopSettings
     from farflung.protocol.invite import parse_invite
 
     root = _home(home)
@@ -161,7 +164,7 @@ def join(
     trainer = TrainerSettings(
         device=device, precision=precision, accumulate=accumulate, clip_norm=clip_norm, threads=threads
     )
-    loop = joining.LoopSettings(trainer, eval_rounds=eval_rounds, task=task)
+    loop = LoopSettings(trainer, eval_rounds=eval_rounds, task=task)
     if task:
         _import_from_here()
     parsed = parse_invite(invite) if invite else None

@@ -22,7 +22,8 @@ from farflung.node.store import open_home, read_status
 from farflung.node.tasks import Task, load_described
 
 if TYPE_CHECKING:
-    from farflung.node.demo import Child, DemoSettings
+    from farflung.node.demo import DemoSettings
+    from farflung.node.fleet import Child
 
 PROMPT = "def "
 SAMPLE_BYTES = 160
@@ -191,11 +192,11 @@ def _curves(children: Sequence[Child], chain: Chain, alone: Alone | None) -> Cur
 
 def _table(results: Sequence[MemberResult], ring: float) -> Table:
     table = Table(title="what each member did", title_justify="left")
-    for name in ("node", "tokens", "sent", "received", "data-parallel fp32 / sent", "waited", "validation loss"):
+    for name in ("node", "tokens", "sent", "received", "ddp fp32 / sent", "waited", "validation"):
         table.add_column(name, justify="left" if name == "node" else "right")
     for result in results:
         table.add_row(
-            result.name + (" (killed once)" if result.restarts else ""),
+            result.name + (", killed" if result.restarts else ""),
             human_count(result.tokens),
             human_bytes(result.bytes_up),
             human_bytes(result.bytes_down),

@@ -6,6 +6,7 @@ state, and training adopts the new anchor plainly; what was not stays in the par
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from farflung.aggregation.outer import norm
@@ -17,6 +18,7 @@ from farflung.node.mailbox import Adopt, Hurry, LocalResult, Mailbox, Stop
 from farflung.node.runtime import Clock
 from farflung.node.screen import Screen
 from farflung.node.store import RunStore
+from farflung.protocol import limits
 from farflung.protocol.blob import BlobRef, describe
 from farflung.protocol.genesis import Genesis
 from farflung.protocol.identity import PeerId
@@ -46,6 +48,8 @@ class LocalPhase:
         """A result between its arrival and its announcement: its Δ is lent, training waits."""
         self._keep = True
         """Whether training's next adoption keeps what it has beyond the old anchor: true unless it was encoded."""
+        self._wild = False
+        """Whether the latest result was refused by the screen: then nothing of it may stay, however it ends."""
         self._announced = self._hurried = 0
         """The latest round in which this was done."""
 
@@ -69,7 +73,8 @@ class LocalPhase:
 
     def encode(self, result: LocalResult) -> tuple[BlobRef | None, BlobSource | None]:
         """Put the payload and the error feedback it leaves behind on disk. None: the update is wild, abstain."""
-        why = self.screen.refuse(norm(result.delta_d, threads=self._anchor.threads))
+        why = self._refuse(result)
+        self._wild = why is not None
         if why is not None:
             self._audit.note(f"abstains: {why}", round_index=result.round_index)
             return None, None
@@ -81,6 +86,14 @@ class LocalPhase:
         if tensors:
             self._store.write_local(tensors, {"codec": codec.spec, "round": result.round_index})
         return ref, source
+
+    def _refuse(self, result: LocalResult) -> str | None:
+        length = norm(result.delta_d, threads=self._anchor.threads)
+        if limits.PAYLOAD_ABS_MAX < length < math.inf:  # only then can an entry be beyond what peers accept
+            largest = max(abs(float(end)) for end in result.delta_d.aminmax())
+            if largest > limits.PAYLOAD_ABS_MAX:
+                return f"an entry of the update is {largest:.3g}, {limits.PAYLOAD_ABS_MAX:.0e} is the most"
+        return self.screen.refuse(length)
 
     def hand_over(self, machine: RoundMachine) -> bool:
         """Whether what was just encoded can still be announced. If not, what was sent of it is forfeited."""
@@ -102,7 +115,7 @@ class LocalPhase:
     def _settle(self, verdict: Verdict) -> None:
         self.private = self._anchor.codec.observe(self.private, verdict)
         remembers = bool(self._anchor.codec.private_tensors(self.private))
-        self._keep = verdict.reason is Reason.LATE and not remembers
+        self._keep = verdict.reason is Reason.LATE and not remembers and not self._wild
 
     # -- towards training ---------------------------------------------------------------------------------------------
 

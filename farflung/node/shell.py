@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -64,6 +65,9 @@ INBOX_MAX = 4096
 CALL_S = 10.0
 """How long one control call may take."""
 
+SNAPSHOTS_SERVED = 3
+"""Snapshots offered to joiners: one more than are kept, for those who are still fetching it."""
+
 REPORT_S = 1.0
 """How often status.json is written."""
 
@@ -109,6 +113,7 @@ class Node:
         self._fetching: dict[bytes, asyncio.Task[None]] = {}
         self._trying = asyncio.Lock()
         self._snapshot: asyncio.Task[None] | None = None
+        self._served: deque[bytes] = deque()
         self._catching_up = False
         self._ahead: dict[int, Certificate] = {}
         self._left = asyncio.Event()
@@ -154,7 +159,7 @@ class Node:
             await asyncio.gather(*waits, return_exceptions=True)
 
     def leave(self) -> None:
-        """Ask to be released politely; `run` returns when the next manifest does so, at once if nobody else is there."""
+        """Ask to be released politely; `run` returns when the next manifest does so, or at once if nobody is there."""
         if self.machine is not None and set(self.machine.parent.member_of) == {self.me}:
             self._left.set()
         else:
@@ -357,6 +362,9 @@ class Node:
         source = self.store.snapshot_source(round_index)
         assert source is not None
         self.parts.exchange.offer(source)
+        self._served.append(source.ref.digest)
+        if len(self._served) > SNAPSHOTS_SERVED:
+            self.parts.exchange.forget(self._served.popleft())
         machine = self.machine
         assert machine is not None
         in_use = {item.payload.digest for item in machine.attendance.announcements.values() if item.payload}

@@ -40,6 +40,9 @@ CALL_S = 10.0
 FIND_S = 60.0
 """How long a joiner looks for any member before it gives up."""
 
+SNAPSHOT_S = 120.0
+"""After this long it is asked anew who has which snapshot; what has come of the same one is kept."""
+
 RETRY_S = 0.5
 """Between two rounds of asking everybody known."""
 
@@ -134,13 +137,24 @@ class StateSync:
     async def _reach_state(self, tip: Certificate, pool: ThreadPoolExecutor) -> None:
         goal = tip.manifest.round_index
         start = await self._in(pool, self._load_best_here, goal)
-        if start is None or self._replay_bytes(start, goal) > self._state_size:
+        while self._should_fetch(start, goal):
             offer = await self._best_snapshot(after=-1 if start is None else start, goal=goal)
-            if offer is not None:
+            if offer is None:
+                break
+            try:
                 start = await self._fetch_snapshot(*offer, pool)
+            except TimeoutError:
+                log.info("the state of round %d is slow to come; asking again who has which", offer[0])
         if start is None:
             raise TooFewPeers("no member could give a state to start from")
         await self._replay(start, goal, pool)
+
+    def _should_fetch(self, start: int | None, goal: int) -> bool:
+        """Whether a snapshot is better than replaying: there is nothing to replay on, it is smaller than the payloads
+        that are missing here, or these are so old that others have dropped them."""
+        if start is None or self._replay_bytes(start, goal) > self._state_size:
+            return True
+        return self._replay_bytes(start, goal) > 0 and goal - start > self.genesis.snapshot_rounds
 
     def _load_best_here(self, goal: int) -> int | None:
         """The newest state this machine has: what the anchor holds, a snapshot, or θ₀."""
@@ -148,10 +162,10 @@ class StateSync:
         if 0 < held <= goal and self._matches(held):
             return held
         snapshot = self.store.latest_snapshot()
-        if snapshot is not None and snapshot.round_index <= goal:
-            if self._vouched(snapshot.round_index, snapshot.ref):
-                self.anchor.load(snapshot.round_index, *snapshot.load())
-                return snapshot.round_index
+        usable = snapshot is not None and snapshot.round_index <= goal
+        if snapshot is not None and usable and self._vouched(snapshot.round_index, snapshot.ref):
+            self.anchor.load(snapshot.round_index, *snapshot.load())
+            return snapshot.round_index
         return 0 if self.anchor.round_index == 0 and self._matches(0) else None
 
     def reload(self, round_index: int) -> None:
@@ -211,7 +225,7 @@ class StateSync:
         """Fetch a state from everybody who has it; on disk and in the anchor when this returns."""
         self.doing = f"fetching the state of round {round_index} ({ref.size / 1e6:.1f} MB)"
         log.info("%s", self.doing)
-        source = await self.exchange.fetch(ref, origin=None, peers=self.peers.others)
+        source = await self.exchange.fetch(ref, origin=None, peers=self.peers.others, deadline_s=SNAPSHOT_S)
         await self._in(pool, self._take_in, round_index, source)
         self.exchange.forget(ref.digest)
         self.store.drop(ref.digest)

@@ -113,7 +113,7 @@ class FakeExchange:
     def forget(self, digest) -> None:
         self.sources.pop(digest, None)
 
-    async def fetch(self, ref, *, origin, peers):
+    async def fetch(self, ref, *, origin, peers, deadline_s=None):
         while True:
             for record in peers():
                 try:
@@ -154,7 +154,8 @@ class SmallWorld:
         schema = schema_of(model)
         theta = torch.empty(schema.numel)
         read_parameters(model, theta)
-        defaults = dict(codec="fp32", outer="sgd(lr=1.0)", rule="mean", inner_steps=2, timing=QUICK, weights="uniform")
+        defaults = {"codec": "fp32", "outer": "sgd(lr=1.0)", "rule": "mean", "inner_steps": 2, "timing": QUICK}
+        defaults |= {"weights": "uniform"}
         settings = defaults | changes
         settings["codec"] = parse_codec(settings["codec"]).spec
         settings["outer"] = parse_outer(settings["outer"]).spec

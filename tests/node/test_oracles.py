@@ -76,7 +76,7 @@ def plain_step(seed_of, lr: float = 0.05):
 
 def run(root, members: int, phases: int, step, **settings) -> list[torch.Tensor]:
     """Every member's anchors, from θ₀ on; asserts that they are the same bits on all."""
-    defaults = dict(timing=PATIENT, quorum_percent=100, start_members=members)
+    defaults = {"timing": PATIENT, "quorum_percent": 100, "start_members": members}
     with SmallWorld(root, make_mlp, **defaults | settings) as world:
         players = [world.play(index, step, phases=phases) for index in range(members)]
         for player in players:
@@ -187,8 +187,8 @@ def test_members_with_different_rows_find_the_minimum_norm_solution(tmp_path):
         with torch.no_grad():
             weight -= 0.5 * (x[rows].T @ (x[rows] @ weight[0] - y[rows]))
 
-    settings = dict(timing=PATIENT, quorum_percent=100, start_members=members, inner_steps=20, outer="sgd(lr=2.0)")
-    with SmallWorld(tmp_path, make, **settings) as world:
+    settings = {"timing": PATIENT, "quorum_percent": 100, "start_members": members, "inner_steps": 20}
+    with SmallWorld(tmp_path, make, outer="sgd(lr=2.0)", **settings) as world:
         players = [world.play(index, step, phases=30) for index in range(members)]
         for player in players:
             player.rest()
