@@ -1,11 +1,11 @@
 """farflung: train one model on machines that are far apart and thinly connected.
 
-    swarm = farflung.join(invite, model, optimizer)      # any torch model and optimiser
-    for batch in swarm.shard(dataset, batch=16):
-        loss = model(batch)
-        loss.backward(); optimizer.step(); optimizer.zero_grad()
-        swarm.step(tokens=batch.numel(), loss=loss)
-    swarm.leave()
+swarm = farflung.join(invite, model, optimizer)      # any torch model and optimiser
+for batch in swarm.shard(dataset, batch=16):
+    loss = model(batch)
+    loss.backward(); optimizer.step(); optimizer.zero_grad()
+    swarm.step(tokens=batch.numel(), loss=loss)
+swarm.leave()
 """
 
 from __future__ import annotations

@@ -102,9 +102,7 @@ def stateless(scheme: Scheme) -> Codec:
             payload.write(records.data)
         return payload.getvalue(), private
 
-    def decode(  # noqa: PLR0917 (the contract has six)
-        payload: bytes, schema: Schema, shared: Any, round_index: int, start: int, stop: int
-    ) -> Row:
+    def decode(payload: bytes, schema: Schema, shared: Any, round_index: int, start: int, stop: int) -> Row:
         octets = _octets(scheme, payload, schema)
         if (
             not 0 <= start < stop <= schema.numel

@@ -7,6 +7,7 @@ when they come quickly.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 
 from farflung.node.blob_state import (
@@ -95,6 +96,8 @@ class Plan:
             before = state.holds.pop(holding.digest, 0)
             news = ALL if holding.all else mask_of(holding.chunks, min(size, max(holding.chunks, default=0) + 1))
             state.holds[holding.digest] = before | news
+            if download and download.refused.get(peer, math.inf) < math.inf:
+                del download.refused[peer]  # it has some now
             if self._count(peer, holding.digest, before) and download:
                 download.fresh(now_s)
         while len(state.holds) > HOLDINGS_PER_PEER_MAX:

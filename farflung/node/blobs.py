@@ -64,6 +64,7 @@ class _Wanted:
         self.waiting = 0
         self.task: asyncio.Task[BlobSource]
         self.partial: PartialBlob | None = None
+        self.news = asyncio.Event()
         self.complete: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
 
@@ -220,7 +221,8 @@ class BlobExchange:
                         except (PeerError, *_UNREACHABLE) as error:
                             _log.debug("no digest list of %s from %s: %s", ref.short, peer.short, error)
                 if not asked:
-                    await asyncio.sleep(LOOK_AGAIN_S)
+                    await _within(LOOK_AGAIN_S, wanted.news.wait())
+                    wanted.news.clear()
         finally:
             for task in asked.values():
                 task.cancel()
@@ -263,6 +265,9 @@ class BlobExchange:
                     async with closing(self._transport.watch(self._plan.peers[peer].record)) as stream:
                         async for holdings in stream:
                             self._plan.heard(peer, holdings, self._clock.now_s())
+                            for holding in holdings:
+                                if holding.digest in self._wanted:
+                                    self._wanted[holding.digest].news.set()
                             self._poke()
                             pause_s = WATCH_AGAIN_S
                 except (PeerError, *_UNREACHABLE) as error:
@@ -298,11 +303,7 @@ class BlobExchange:
             took_s = self._clock.now_s() - now_s
             await asyncio.sleep(_PUMP_SHARE * took_s)
             wait_s = min(self._plan.wake_s(now_s), looked_s + LOOK_AGAIN_S) - self._clock.now_s()
-            try:
-                async with asyncio.timeout(max(wait_s, 0.001)):
-                    await self._changed.wait()
-            except TimeoutError:
-                pass
+            await _within(max(wait_s, 0.001), self._changed.wait())
 
     async def _run_call(self, call: Call) -> None:
         plan, download, peer = self._plan, call.download, call.peer
@@ -353,3 +354,12 @@ class BlobExchange:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
+
+
+async def _within(limit_s: float, event: Awaitable[Any]) -> None:
+    """Wait for something, but not longer than that."""
+    try:
+        async with asyncio.timeout(limit_s):
+            await event
+    except TimeoutError:
+        pass

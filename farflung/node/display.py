@@ -83,7 +83,7 @@ def member_panel(status: Facts, train: Facts, *, hint: str = "Ctrl-C leaves poli
     facts = Table.grid(padding=(0, 2))
     losses = [loss for _, loss in train.get("losses", [])]
     facts.add_row(
-        f"[bold]round {round_text(status, train)}[/]",
+        Text(f"round {round_text(status, train)}", style="bold"),  # no markup: a log line above switches it off
         f"step {step_text(train)}",
         f"loss {human_loss(train.get('loss'))} {sparkline(losses)}",
         f"validation {human_loss(train.get('validation_loss'))}",

@@ -23,7 +23,8 @@ from farflung.protocol.blob import BlobRef, describe
 from farflung.protocol.genesis import Genesis
 from farflung.protocol.identity import PeerId
 from farflung.protocol.manifest import Manifest
-from farflung.protocol.round import Phase, RoundMachine
+from farflung.protocol.phase import Phase
+from farflung.protocol.round import RoundMachine
 from farflung.protocol.rows import Reason, Verdict
 
 

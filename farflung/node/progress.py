@@ -65,7 +65,8 @@ class Progress:
         """With the histories of an earlier process, if there was one."""
         before = read_progress(directory) or {}
         pairs = {name: [(int(at), float(loss)) for at, loss in before.get(name, [])] for name in _HISTORIES}
-        return cls(directory, losses=pairs["losses"], validation=pairs["validation"])
+        last = pairs["validation"][-1][1] if pairs["validation"] else None
+        return cls(directory, losses=pairs["losses"], validation=pairs["validation"], validation_loss=last)
 
     def note_step(self, loss: Tensor, tokens: int) -> None:
         """One counted optimiser step. Waits for the device only when the file is due."""
@@ -127,7 +128,7 @@ _HISTORIES = ("losses", "validation")
 
 def _append(history: list[tuple[int, float]], entry: tuple[int, float]) -> None:
     if len(history) >= HISTORY_MAX:
-        del history[: HISTORY_MAX // 2 : 2]
+        del history[1 : HISTORY_MAX // 2 : 2]
     history.append(entry)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
+from farflung.protocol.waiting import why_waiting
+
 if TYPE_CHECKING:
     from farflung.node.shell import Node
 
@@ -37,7 +39,7 @@ def describe(node: Node) -> dict[str, Any]:
         status |= {
             "phase": str(machine.phase),
             "round": machine.round_index,
-            "why": machine.why_waiting(node.clock.now_s()),
+            "why": why_waiting(machine, node.clock.now_s()),
             "members": [peer.short for peer in machine.parent.member_of],
             "state": machine.tip.state_digest.hex(),
         }

@@ -53,7 +53,8 @@ from farflung.protocol.errors import FarflungError, LocalError, PeerError
 from farflung.protocol.genesis import Genesis
 from farflung.protocol.identity import Identity, PeerId
 from farflung.protocol.manifest import Manifest
-from farflung.protocol.round import RECENT_TIPS, Phase, RoundMachine, Self
+from farflung.protocol.phase import Phase, Self
+from farflung.protocol.round import RECENT_TIPS, RoundMachine
 from farflung.protocol.statements import Announcement, Slot
 from farflung.protocol.wire import Certified, Message, Statement, decode_message, encode_message
 
@@ -207,6 +208,7 @@ class Node:
         if journal.round_index != machine.round_index:
             self.store.begin_round(machine.round_index)
         self.machine = machine
+        self._forget_fetches()  # a new machine asks again for what it needs to hold
         self.parts.peers.wanted = self._audience
         await self._carry_out(machine.begin(self.clock.now_s(), [decode_entry(*entry) for entry in journal.read()]))
         self.local.welcome(machine)
@@ -285,7 +287,8 @@ class Node:
                 self._give(self._certified(certificate))
             self.local.welcome(machine)
         over = machine.phase is Phase.DONE and not machine.behind
-        if over or (machine.leaving and not machine.is_member):
+        alone = machine.parent.member_of.keys() == {self.me}  # nobody is there to be told, or to release me
+        if over or (machine.leaving and (alone or not machine.is_member)):
             self._left.set()
         self.local.hurry(machine)
 
@@ -372,11 +375,16 @@ class Node:
             self.parts.exchange.forget(digest)
 
     async def _heal(self, certificate: Certificate) -> None:
-        """My trial differed from what a quorum signed: recompute it from disk, and if that fails too, stop."""
+        """My trial differed from what a quorum signed: recompute it from disk or fetch it; if it differs again, stop."""
         index = certificate.manifest.round_index
         self.parts.audit.note("my state differs from the certified one; healing", round_index=index)
         async with self._trying:
-            await self._in_thread(self.sync.reload, index - 1)
+            try:
+                await self._in_thread(self.sync.reload, index - 1)
+            except PeerError as error:
+                self.parts.audit.note(f"cannot recompute it here, fetching it: {error.why}", round_index=index)
+                self._lost.set()
+                return
             manifest = certificate.manifest
             trial = await self._in_thread(lambda: self.anchor.try_out(manifest, read_payloads(self.store, manifest)))
             if trial.ref.digest != certificate.state_digest:

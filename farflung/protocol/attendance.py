@@ -58,6 +58,12 @@ class Attendance:
         if self.announcements.setdefault(item.peer_id, item) != item:
             raise PeerError(item.peer_id.short, f"equivocation: two payloads in round {self.slot.round_index}")
 
+    def restore(self, me: PeerId, own: Announcement) -> None:
+        """My own announcement, persisted before a restart: its payload is on disk."""
+        self.announcements[me] = own
+        if own.payload is not None:
+            self.held.add(own.payload.digest)
+
     def hear_join(self, request: JoinRequest) -> None:
         """Raises PeerError if it may not be granted. A member's request is an echo and is dropped."""
         if request.peer_id in self.parent.member_of or self.joins.get(request.peer_id) == request:

@@ -12,8 +12,8 @@ from farflung.protocol.certificate import Certificate, vote_bytes
 from farflung.protocol.errors import LocalError, PeerError
 from farflung.protocol.identity import PeerId, check_signature
 from farflung.protocol.manifest import Manifest, is_quorum, proposer_order
-from farflung.protocol.statements import Slot
-from farflung.protocol.wire import Promise, Vote
+from farflung.protocol.statements import Sign, Slot
+from farflung.protocol.wire import Promise, Proposal, Vote
 
 VIEWS_AHEAD_MAX = 64
 """Votes and promises for views further ahead than this are not kept: views advance one timeout at a time."""
@@ -109,6 +109,29 @@ class Ballot:
         if not self.may_vote(view):
             raise LocalError(f"a vote in view {view} after a promise of view {self.view}")
         self.view, self.my_vote = view, (view, manifest, state_digest)
+
+    def signed_vote(self, sign: Sign) -> Vote:
+        """My latest vote, as it is sent: the same bytes every time. Raises LocalError if I have cast none."""
+        if self.my_vote is None:
+            raise LocalError("there is no vote to sign")
+        view, manifest, state_digest = self.my_vote
+        signature = sign(vote_bytes(self._slot(), view, manifest.digest, state_digest))
+        return Vote(view, manifest.digest, state_digest, signature)
+
+    def restore(self, kind: str, value: object, sign: Sign) -> None:
+        """Take back one statement of mine that was persisted before a restart; oldest first."""
+        match kind, value:
+            case "promise", Promise():
+                self.view, self.my_promise = value.view, value
+                self.hear_promise(self.me, value)
+            case "proposal", Proposal():
+                self.proposals[value.view] = value.manifest
+            case "vote", (int(view), Manifest() as manifest, bytes(state_digest)):
+                self.proposals.setdefault(view, manifest)
+                self.cast(view, manifest, state_digest)
+                self.hear_vote(self.me, self.signed_vote(sign))
+            case _:
+                raise LocalError(f"a journal entry of kind {kind!r}")
 
     def certificate(self) -> Certificate | None:
         """The certificate, once a quorum voted alike and the manifest they voted for is known here."""

@@ -14,12 +14,11 @@ import math
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from enum import StrEnum
 
 from farflung.protocol import limits
 from farflung.protocol.attendance import Attendance
 from farflung.protocol.ballot import Ballot
-from farflung.protocol.certificate import Certificate, check_certificate, vote_bytes
+from farflung.protocol.certificate import Certificate, check_certificate
 from farflung.protocol.deadline import AdaptiveDeadline
 from farflung.protocol.effects import (
     Apply,
@@ -45,44 +44,12 @@ from farflung.protocol.errors import LocalError, PeerError
 from farflung.protocol.genesis import Genesis
 from farflung.protocol.identity import PeerId
 from farflung.protocol.manifest import Manifest, check_manifest
-from farflung.protocol.statements import Announcement, JoinRequest, LeaveNotice, Sign, Slot
+from farflung.protocol.phase import ALLOWED, Phase, Self
+from farflung.protocol.statements import Announcement, JoinRequest, LeaveNotice, Slot
 from farflung.protocol.wire import Certified, Message, Promise, Proposal, Status, Vote
 
 RECENT_TIPS = 8
 """A join request names one of this many latest manifests: old ones cannot be replayed, slow joiners are not refused."""
-
-
-class Phase(StrEnum):
-    """Where a member is in its round."""
-
-    FOLLOWING = "following"
-    TRAINING = "training"
-    WAITING = "waiting"
-    APPLYING = "applying"
-    DONE = "done"
-
-
-_ALWAYS = (Tick, Heard, Held, Refused, Staged, Leave)
-ALLOWED: dict[Phase, tuple[type, ...]] = {
-    Phase.FOLLOWING: _ALWAYS,
-    Phase.TRAINING: (*_ALWAYS, Own),
-    Phase.WAITING: _ALWAYS,
-    Phase.APPLYING: _ALWAYS,
-    Phase.DONE: _ALWAYS,
-}
-"""The whole law: what may happen in which phase. Anything else is a bug of ours."""
-
-
-@dataclass(frozen=True)
-class Self:
-    """Who this member is. `secret` is the join secret (empty: unknown); `payload_bytes_max` follows from the codec."""
-
-    peer_id: PeerId
-    public_key: bytes
-    sign: Sign
-    payload_bytes_max: int
-    secret: bytes = b""
-    wants_in: bool = True
 
 
 @dataclass(slots=True)
@@ -167,24 +134,6 @@ class RoundMachine:
         waits = self.certificate is None and self.attendance.closed_s is None and self.phase is not Phase.DONE
         closing_s = self.attendance.closing_s(math.inf, self.deadline.value_s) if waits else math.inf
         return min(self.resend_s, self.view_ends_s, closing_s)
-
-    def why_waiting(self, now_s: float) -> str:
-        """One line for people: what this round waits for, and for whom."""
-        if self.phase is Phase.DONE:
-            late = ", ".join(peer.short for peer in self.behind)
-            return f"the run is over; serving {late}" if late else "the run is over"
-        if self.certificate is not None:
-            missing = [item.peer_id.short for item in self._missing(self.certificate.manifest)]
-            return f"fetching payloads of {', '.join(missing)}" if missing else "applying the certified update"
-        if not self.parent.started:
-            return f"waiting for members: {len(self.parent.members)} of {self.genesis.start_members} are here"
-        if self.attendance.closed_s is None:
-            names = ", ".join(peer.short for peer in self.attendance.waiting_for)
-            closes_s = self.attendance.closing_s(now_s, self.deadline.value_s)
-            when = f", at most {max(0.0, closes_s - now_s):.0f} s more" if closes_s < math.inf else ""
-            return f"waiting for payloads of {names or 'nobody'}{when}"
-        view = self.ballot.view
-        return f"waiting for votes in view {view}, proposed by {self.ballot.proposer(view).short}"
 
     # -- events -------------------------------------------------------------------------------------------------------
 
@@ -313,23 +262,11 @@ class RoundMachine:
 
     def _restore(self, journal: Iterable[tuple[str, object]]) -> None:
         for kind, value in journal:
-            match kind, value:
-                case "own", Announcement():
-                    self.attendance.announcements[self.me.peer_id] = value
-                    if value.payload is not None:
-                        self.attendance.held.add(value.payload.digest)
-                    self.phase = Phase.WAITING
-                case "promise", Promise():
-                    self.ballot.view, self.ballot.my_promise = value.view, value
-                    self.ballot.hear_promise(self.me.peer_id, value)
-                case "proposal", Proposal():
-                    self.ballot.proposals[value.view] = value.manifest
-                case "vote", (int(view), Manifest() as manifest, bytes(state_digest)):
-                    self.ballot.proposals.setdefault(view, manifest)
-                    self.ballot.cast(view, manifest, state_digest)
-                    self.ballot.hear_vote(self.me.peer_id, self._vote(view, manifest, state_digest))
-                case _:
-                    raise LocalError(f"a journal entry of kind {kind!r}")
+            if kind == "own" and isinstance(value, Announcement):
+                self.attendance.restore(self.me.peer_id, value)
+                self.phase = Phase.WAITING
+            else:
+                self.ballot.restore(kind, value, self.me.sign)
 
     def _advance(self, now_s: float) -> None:
         """Do whatever has become possible, in the one order that is safe."""
@@ -401,7 +338,7 @@ class RoundMachine:
         state_digest = self._trial(manifest)
         if state_digest is not None and ballot.votes_here:
             ballot.cast(view, manifest, state_digest)
-            vote = self._vote(view, manifest, state_digest)
+            vote = ballot.signed_vote(self.me.sign)
             ballot.hear_vote(self.me.peer_id, vote)
             self._out += [Persist("vote", (view, manifest, state_digest)), Broadcast(self.slot, vote)]
 
@@ -409,7 +346,7 @@ class RoundMachine:
         """The state `manifest` gives, or None while what that takes is being fetched and computed."""
         if self.staged is not None and self.staged[0] == manifest.digest:
             return self.staged[1]
-        missing = self._missing(manifest)
+        missing = self.missing(manifest)
         self._fetch(missing)
         if not missing and self.staging != manifest.digest:
             # The room for the next state holds one trial: from now on the one before is gone.
@@ -455,7 +392,7 @@ class RoundMachine:
         if ballot.votes_here and view in ballot.proposals and ballot.proposer(view) == self.me.peer_id:
             self._out.append(Broadcast(self.slot, Proposal(view, ballot.proposals[view])))
         if ballot.my_vote is not None:
-            self._out.append(Broadcast(self.slot, self._vote(*ballot.my_vote)))
+            self._out.append(Broadcast(self.slot, ballot.signed_vote(self.me.sign)))
         self._out.append(Broadcast(self.slot, Status(view)))
 
     # -- small things -------------------------------------------------------------------------------------------------
@@ -474,13 +411,10 @@ class RoundMachine:
                 self.asked.add(ref.digest)
                 self._out.append(Fetch(item))
 
-    def _missing(self, manifest: Manifest) -> list[Announcement]:
+    def missing(self, manifest: Manifest) -> list[Announcement]:
+        """Payloads of a manifest that are not here."""
         held = self.attendance.held
         return [item for item in manifest.payloads if item.payload is not None and item.payload.digest not in held]
-
-    def _vote(self, view: int, manifest: Manifest, state_digest: bytes) -> Vote:
-        signature = self.me.sign(vote_bytes(self.slot, view, manifest.digest, state_digest))
-        return Vote(view, manifest.digest, state_digest, signature)
 
     def _join_request(self) -> JoinRequest:
         me = self.me

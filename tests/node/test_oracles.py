@@ -68,7 +68,7 @@ def plain_step(seed_of, lr: float = 0.05):
         loss.backward()
         with torch.no_grad():
             for parameter in player.model.parameters():
-                parameter -= lr * parameter.grad
+                parameter.sub_(lr * parameter.grad)
         return float(loss.detach())
 
     return step
@@ -131,7 +131,7 @@ def test_one_local_step_and_plain_averaging_is_data_parallel_sgd(tmp_path):
             (loss_of(reference, 100 * (round_index + 1) + member) / members).backward()
         with torch.no_grad():
             for parameter in reference.parameters():
-                parameter -= lr * parameter.grad
+                parameter.sub_(lr * parameter.grad)
     assert not within_a_percent(anchors[0], anchors[-1])
 
 

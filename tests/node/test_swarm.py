@@ -27,7 +27,8 @@ from farflung.node.swarm import Swarm
 from farflung.protocol.certificate import decode_certificate
 from farflung.protocol.errors import ConfigError
 from farflung.protocol.identity import PeerId
-from farflung.protocol.round import RoundMachine, Self
+from farflung.protocol.phase import Self
+from farflung.protocol.round import RoundMachine
 from farflung.protocol.rows import Reason, Verdict
 from farflung.protocol.statements import Announcement
 

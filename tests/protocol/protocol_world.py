@@ -34,9 +34,11 @@ from farflung.protocol.effects import (
 from farflung.protocol.errors import PeerError
 from farflung.protocol.genesis import Genesis, Timing, secret_digest
 from farflung.protocol.identity import Identity, PeerId
-from farflung.protocol.round import Phase, RoundMachine, Self
+from farflung.protocol.phase import Phase, Self
+from farflung.protocol.round import RoundMachine
 from farflung.protocol.schema import Schema, TensorSpec
 from farflung.protocol.statements import Announcement
+from farflung.protocol.waiting import why_waiting
 from farflung.protocol.wire import Message
 
 SECRET = b"open sesame, said the swarm"
@@ -313,7 +315,7 @@ class World:
     def describe(self) -> str:
         return "\n".join(
             f"{peer.peer_id.short} round {self.rounds(peer)} "
-            + (f"{peer.machine.phase} {peer.machine.why_waiting(self.now_s)}" if peer.alive else "dead")
+            + (f"{peer.machine.phase} {why_waiting(peer.machine, self.now_s)}" if peer.alive else "dead")
             for peer in self.peers
         )
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 from protocol_world import Faults, World
 
+from farflung.protocol.waiting import why_waiting
+
 
 def started(world: World) -> World:
     for peer in world.peers:
@@ -149,4 +151,4 @@ def test_a_run_ends_for_everybody_after_its_rounds():
     world.run(world.everybody_past(9))
     world.run_for(60.0)
     assert {world.rounds(peer) for peer in world.peers} == {9}
-    assert all(peer.machine.why_waiting(world.now_s) == "the run is over" for peer in world.peers)
+    assert all(why_waiting(peer.machine, world.now_s) == "the run is over" for peer in world.peers)

@@ -1,4 +1,4 @@
-# ruff: noqa: D103, PLR0917 - the contracts are in `reference`; a kernel is called with everything it reads and writes
+# ruff: noqa: D103 - the contracts are in `reference`; a kernel is called with everything it reads and writes
 """The kernels as compiled loops. Each does what the function of the same name in `reference` says, bit for bit.
 
 Loops run over slices from zero, never over `array[start + j]`: numba must allow for a negative index there, and the

@@ -1,4 +1,3 @@
-# ruff: noqa: PLR0917 - a kernel is called with everything it reads and writes
 """What the kernels mean: the same functions in torch, one rounded fp64 operation at a time.
 
 Axes: w is a window of coordinates, k the entries of a sparse row in it, n rows. Arguments that end in `_w` and come

@@ -77,11 +77,13 @@ class GrpcTransport:
         self._cap = UploadCap(upload_bytes_per_s, clock or SystemClock())
         self._links = Links(tls=self._tls is not None)
         self._server: grpc.aio.Server | None = None
+        self._handlers: Handlers
 
     async def start(self, service: Service) -> tuple[str, ...]:
         """Listen; returns the addresses to announce. Raises ConfigError if the port is taken."""
         server = grpc.aio.server(options=_SERVER_OPTIONS, maximum_concurrent_rpcs=_CALLS_MAX)
-        server.add_generic_rpc_handlers(Handlers(service, self._run_id, self.traffic, self._cap).generic())
+        handlers = Handlers(service, self._run_id, self.traffic, self._cap)
+        server.add_generic_rpc_handlers(handlers.generic())
         try:
             port = self._bind(server)
         except RuntimeError:
@@ -90,7 +92,7 @@ class GrpcTransport:
             await server.stop(None)
             raise ConfigError(f"cannot listen on {self._listen}: in use or not ours; choose another with --listen")
         await server.start()
-        self._server = server
+        self._server, self._handlers = server, handlers
         return announced(self._listen_host, port, self._announce)
 
     def _bind(self, server: grpc.aio.Server) -> int:
@@ -105,6 +107,7 @@ class GrpcTransport:
         server, self._server = self._server, None
         if server is not None:
             await server.stop(None)
+            await self._handlers.wind_up()
 
     @property
     def certificate_der(self) -> bytes:
@@ -241,22 +244,22 @@ class GrpcTransport:
                 return
             for index in chunks:
                 start, stop = ref.span(index)
-                message = await self._next(call, short, idle_s)
-                if message.index != index or len(message.data) != stop - start:
-                    raise PeerError(short, f"chunk {message.index} of {len(message.data)} bytes instead of {index}")
-                yield index, message.data
+                got, data = await self._next(call, short, idle_s)
+                if got != index or len(data) != stop - start:
+                    raise PeerError(short, f"chunk {got} of {len(data)} bytes instead of {index}")
+                yield index, data
 
     async def _digest_list(self, call: Any, ref: BlobRef, short: str, idle_s: float) -> bytes:
         pieces, left = list[bytes](), ref.chunks * DIGEST_BYTES
         while left > 0:
-            message = await self._next(call, short, idle_s)
-            left -= len(message.data)
-            if message.index != DIGEST_LIST or left < 0 or not message.data:
-                raise PeerError(short, f"{len(message.data)} bytes that are no part of a list of {ref.chunks} digests")
-            pieces.append(message.data)
+            got, data = await self._next(call, short, idle_s)
+            left -= len(data)
+            if got != DIGEST_LIST or left < 0 or not data:
+                raise PeerError(short, f"{len(data)} bytes that are no part of a list of {ref.chunks} digests")
+            pieces.append(data)
         return b"".join(pieces)
 
-    async def _next(self, call: Any, short: str, idle_s: float) -> pb.BlobChunk:
+    async def _next(self, call: Any, short: str, idle_s: float) -> tuple[int, bytes]:
         try:
             async with asyncio.timeout(idle_s):
                 data = await call.read()
@@ -265,7 +268,8 @@ class GrpcTransport:
         if data is grpc.aio.EOF:  # type: ignore[attr-defined]
             raise PeerError(short, "ended a fetch early")
         self.traffic.bulk_received += len(data)
-        return parse(pb.BlobChunk, data, peer=short)
+        message = parse(pb.BlobChunk, data, peer=short)
+        return message.index, message.data  # reading `data` copies it: once is enough
 
 
 def _holding(item: pb.Holding, short: str) -> Holding:

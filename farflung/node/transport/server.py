@@ -5,6 +5,7 @@ Requests are parsed here and not by gRPC, so that nonsense becomes a refusal ins
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -35,6 +36,7 @@ class Handlers:
     def __init__(self, service: Service, run_id: bytes, traffic: Traffic, cap: UploadCap) -> None:
         self._service, self._run_id, self._traffic, self._cap = service, run_id, traffic, cap
         self._bugs_seen: set[str] = set()
+        self._running: set[asyncio.Task[Any]] = set()
 
     def generic(self) -> list[grpc.GenericRpcHandler[bytes, bytes]]:
         """Handlers of both services, on raw bytes."""
@@ -54,6 +56,19 @@ class Handlers:
             grpc.method_handlers_generic_handler("farflung.Control", control),
             grpc.method_handlers_generic_handler("farflung.Bulk", bulk),
         ]
+
+    async def wind_up(self) -> None:
+        """After the server's stop: wait until cancelled answers have ended, so that no task outlives the transport."""
+        while self._running:
+            for task in self._running:
+                task.cancel()
+            await asyncio.wait(self._running)
+
+    def _note(self) -> None:
+        task = asyncio.current_task()
+        if task is not None and task not in self._running:
+            self._running.add(task)
+            task.add_done_callback(self._running.discard)
 
     # -- control ---------------------------------------------------------------------------------------------------
 
@@ -97,7 +112,7 @@ class Handlers:
         async with closing(self._service.on_fetch(self._run_id, asked.digest, list(asked.chunks))) as chunks:
             async for index, data in chunks:
                 for piece in _pieces(data) if index == DIGEST_LIST else (data,):
-                    message = pb.BlobChunk(index=index, data=piece).SerializeToString()
+                    message = encode_chunk(index, piece)
                     await self._cap.pay(len(message))
                     self._traffic.bulk_sent += len(message)
                     yield message
@@ -114,6 +129,7 @@ class Handlers:
         self, name: str, answer: Callable[[bytes], Awaitable[Message]]
     ) -> Callable[[bytes, Context], Awaitable[bytes]]:
         async def call(request: bytes, context: Context) -> bytes:
+            self._note()
             self._traffic.control_received += len(request)
             try:
                 data = (await answer(request)).SerializeToString()
@@ -129,6 +145,7 @@ class Handlers:
         self, name: str, answer: Callable[[bytes], AsyncIterator[bytes]]
     ) -> Callable[[bytes, Context], AsyncIterator[bytes]]:
         async def call(request: bytes, context: Context) -> AsyncIterator[bytes]:
+            self._note()
             if name == "Fetch":
                 self._traffic.bulk_received += len(request)
             else:
@@ -161,6 +178,22 @@ def parse(kind: type[M], data: bytes, *, peer: str) -> M:
     except DecodeError:
         raise PeerError(peer, f"{len(data)} bytes that are no {kind.__name__}") from None
     return message
+
+
+def encode_chunk(index: int, data: bytes) -> bytes:
+    """A BlobChunk's bytes with one copy of the data instead of protobuf's two (half the cost of sending it)."""
+    if not index or not data:  # protobuf leaves out what is zero or empty
+        return pb.BlobChunk(index=index, data=data).SerializeToString()
+    return b"".join((b"\x08", _varint(index), b"\x12", _varint(len(data)), data))
+
+
+def _varint(number: int) -> bytes:
+    out = bytearray()
+    while number > 0x7F:
+        out.append(number & 0x7F | 0x80)
+        number >>= 7
+    out.append(number)
+    return bytes(out)
 
 
 def fitting(items: Any, bytes_max: int) -> list[bytes]:
