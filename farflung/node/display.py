@@ -103,17 +103,25 @@ def member_panel(status: Facts, train: Facts, *, hint: str = "Ctrl-C leaves poli
 
 
 COLUMNS = ("node", "round", "step", "tok/s", "loss", "", "validation", "sent", "received", "peers", "doing")
+WIDE = 116
+"""Columns of a terminal from which on everything fits side by side."""
+
+LEFT_OUT = ("", "peers", "doing")
+"""On a narrower one; what nodes do is then said below the table."""
 
 
-def members_table(rows: Sequence[Row], *, title: str = "", caption: str = "") -> RenderableType:
-    """One row per node: for `farflung demo`."""
-    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left", expand=False)
-    for name in COLUMNS:
+def members_table(rows: Sequence[Row], *, width: int = WIDE, title: str = "", caption: str = "") -> RenderableType:
+    """One row per node, for a terminal `width` columns wide: for `farflung demo`."""
+    table = Table(title=title, title_justify="left")
+    shown = [index for index, name in enumerate(COLUMNS) if width >= WIDE or name not in LEFT_OUT]
+    for name in (COLUMNS[index] for index in shown):
         left = name in ("node", "", "doing")
         table.add_column(name, justify="left" if left else "right", no_wrap=name != "doing")
-    for row in rows:
-        table.add_row(*member_cells(row), style=None if row.life == "running" else "dim")
-    return table
+    cells = [member_cells(row) for row in rows]
+    for row, texts in zip(rows, cells, strict=True):
+        table.add_row(*(texts[index] for index in shown), style=None if row.life == "running" else "dim")
+    doing = [Text(f"{texts[0]}: {texts[-1]}", style="cyan") for texts in cells if width < WIDE]
+    return Group(table, *doing, Text(caption, style="dim"))
 
 
 def member_cells(row: Row) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.live import Live
 
 from farflung.node.display import Row, member_line, members_table
@@ -188,7 +188,7 @@ class Fleet:
         title = f"{len(self.children)} members, each a process, found through the DHT"
         if not self.settings.plain and self.console.is_terminal:
             with Live(console=self.console, auto_refresh=False) as live:
-                yield lambda rows: live.update(members_table(rows, title=title, caption=self._caption()), refresh=True)
+                yield lambda rows: live.update(self._table(rows, title), refresh=True)
             return
         said_s = 0.0
 
@@ -201,8 +201,9 @@ class Fleet:
 
         yield say
 
-    def _caption(self) -> str:
-        return "\n".join([*self.notes, "Ctrl-C ends the demo"])
+    def _table(self, rows: list[Row], title: str) -> RenderableType:
+        caption = "\n".join([*self.notes, "Ctrl-C ends the demo"])
+        return members_table(rows, width=self.console.width, title=title, caption=caption)
 
     def note(self, text: str) -> None:
         """Say something once."""

@@ -23,12 +23,13 @@ from farflung.node.local_phase import LocalPhase
 from farflung.node.mailbox import LocalResult, Mailbox
 from farflung.node.outbox import Outbox
 from farflung.node.peers import Peers
+from farflung.node.pursuit import Pursuit
 from farflung.node.report import describe
 from farflung.node.runtime import Clock, Transport
 from farflung.node.state_sync import StateSync, payload_bytes_max, read_payloads
 from farflung.node.store import RunStore
 from farflung.protocol.blob import BlobRef
-from farflung.protocol.certificate import Certificate, check_certificate, decode_certificate
+from farflung.protocol.certificate import Certificate
 from farflung.protocol.effects import (
     Apply,
     Broadcast,
@@ -115,8 +116,7 @@ class Node:
         self._trying = asyncio.Lock()
         self._snapshot: asyncio.Task[None] | None = None
         self._served: deque[bytes] = deque()
-        self._catching_up = False
-        self._ahead: dict[int, Certificate] = {}
+        self.pursuit = Pursuit(parts.genesis, parts.peers, parts.transport, parts.audit)
         self._left = asyncio.Event()
         self._lost = asyncio.Event()
         self._failed: asyncio.Future[None] | None = None
@@ -133,7 +133,10 @@ class Node:
         try:
             await self._in_thread(self.local.restore)
             while not self._left.is_set():
-                tip = await self.sync.reach_tip(self._pool)
+                self.machine = None  # what still runs for the one before finds that it is gone
+                self._forget_fetches()
+                async with self._trying:
+                    tip = await self.sync.reach_tip(self._pool)
                 for source in self.sync.kept_sources():
                     self.parts.exchange.offer(source)
                 await self._enter(tip)
@@ -274,7 +277,9 @@ class Node:
             case Heal(certificate):
                 self._spawn(self._heal(certificate), f"heal {certificate.manifest.round_index}")
             case CatchUp(peer, round_index):
-                self._catch_up(peer, round_index)
+                machine = self.machine
+                if machine is not None and self.pursuit.wanted(round_index):
+                    self._spawn(self._catch_up(peer, machine), f"catch up from {peer.short}")
             case Note(text):
                 self.parts.audit.note(text, round_index=self._round)
 
@@ -283,8 +288,7 @@ class Node:
         machine = self.machine
         assert machine is not None
         if machine.round_index != before:
-            if (certificate := self._ahead.pop(machine.round_index, None)) is not None:
-                self._give(self._certified(certificate))
+            self._feed(machine)
             self.local.welcome(machine)
         over = machine.phase is Phase.DONE and not machine.behind
         alone = machine.parent.member_of.keys() == {self.me}  # nobody is there to be told, or to release me
@@ -333,10 +337,8 @@ class Node:
     # -- the state ----------------------------------------------------------------------------------------------------
 
     async def _try_out(self, manifest: Manifest) -> None:
-        machine = self.machine
-        assert machine is not None
         async with self._trying:
-            if machine.staging != manifest.digest:
+            if self.machine is None or self.machine.staging != manifest.digest:
                 return
             if self._snapshot is not None:
                 await self._snapshot
@@ -368,17 +370,18 @@ class Node:
         self._served.append(source.ref.digest)
         if len(self._served) > SNAPSHOTS_SERVED:
             self.parts.exchange.forget(self._served.popleft())
-        machine = self.machine
-        assert machine is not None
-        in_use = {item.payload.digest for item in machine.attendance.announcements.values() if item.payload}
+        announced = self.machine.attendance.announcements if self.machine is not None else {}
+        in_use = {item.payload.digest for item in announced.values() if item.payload}
         for digest in await self._in_thread(self.sync.prune, in_use):
             self.parts.exchange.forget(digest)
 
     async def _heal(self, certificate: Certificate) -> None:
-        """My trial differed from what a quorum signed: recompute it from disk or fetch it; if it differs again, stop."""
+        """My trial differs from what a quorum signed: recompute it from disk, or fetch it; if it differs again, stop."""
         index = certificate.manifest.round_index
         self.parts.audit.note("my state differs from the certified one; healing", round_index=index)
         async with self._trying:
+            if self.machine is None or self.machine.certificate != certificate:
+                return
             try:
                 await self._in_thread(self.sync.reload, index - 1)
             except PeerError as error:
@@ -394,54 +397,26 @@ class Node:
                 )
             await self._inbox.put(Staged(manifest.digest, trial.ref.digest))
 
-    # -- catching up --------------------------------------------------------------------------------------------------
+    async def _catch_up(self, peer: PeerId, machine: RoundMachine) -> None:
+        if await self.pursuit.chase(peer, machine):
+            self._feed(machine)
+        elif self.pursuit.hopeless:
+            self._lost.set()
 
-    def _catch_up(self, peer: PeerId, round_index: int) -> None:
-        if not self._catching_up and round_index not in self._ahead:
-            self._catching_up = True
-            self._spawn(self._get_chain(peer), f"catch up from {peer.short}")
-
-    async def _get_chain(self, peer: PeerId) -> None:
-        """Fetch the certificates we lack and feed them to the machine one by one, each when its round has come."""
-        machine = self.machine
-        assert machine is not None
-        try:
-            record = self.parts.peers.record_of(peer)
-            if record is None:
-                return
-            chain, tip = await self.parts.transport.chain(record, machine.round_index, deadline_s=CALL_S)
-            if tip - machine.round_index > self.genesis.snapshot_rounds:
-                self._lost.set()
-                return
-            parent, limit = machine.parent, machine.me.payload_bytes_max
-            for data in chain:
-                certificate = decode_certificate(data, peer=peer.short)
-                check_certificate(certificate, parent, self.genesis, payload_bytes_max=limit)
-                self._ahead[certificate.manifest.round_index] = certificate
-                parent = certificate.manifest
-            if (first := self._ahead.pop(machine.round_index, None)) is not None:
-                await self._inbox.put(self._certified(first))
-        except (PeerError, TimeoutError, ConnectionError) as error:
-            self.parts.audit.note(f"catching up from {peer.short}: {error}", round_index=machine.round_index)
-        finally:
-            self._catching_up = False
-            self._ahead = {at: item for at, item in self._ahead.items() if at >= machine.round_index}
-
-    def _certified(self, certificate: Certificate) -> Heard:
-        manifest = certificate.manifest
-        statement = Certified(certificate)
-        key = self.parts.identity.public_key
-        return Heard(Message(self.me, key, self.genesis.run_id, manifest.round_index, manifest.parent, statement))
+    def _feed(self, machine: RoundMachine) -> None:
+        """Give the machine the certificate of its round, if it was fetched."""
+        certificate = self.pursuit.due(machine.round_index)
+        if certificate is not None:
+            manifest, key = certificate.manifest, self.parts.identity.public_key
+            statement = Certified(certificate)
+            message = Message(self.me, key, manifest.run_id, manifest.round_index, manifest.parent, statement)
+            self._give(Heard(message))
 
     # -- small things -------------------------------------------------------------------------------------------------
 
     @property
     def _round(self) -> int:
         return self.machine.round_index if self.machine is not None else self.anchor.round_index
-
-    def _check_run(self, run_id: bytes) -> None:
-        if run_id != self.genesis.run_id:
-            raise PeerError("?", f"asks about another run: {run_id.hex()[:8]}")
 
     def _audience(self) -> set[PeerId]:
         """Who should hear what this member says: the round's members, and those who ask to become some."""

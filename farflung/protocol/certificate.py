@@ -63,12 +63,15 @@ def decode_certificate(data: bytes, *, peer: str = "?") -> Certificate:
         raise PeerError(peer, "a certificate with too many votes")
     if not all(isinstance(item, list) and len(item) == 2 for item in signatures):
         raise PeerError(peer, "a certificate with malformed votes")
-    return Certificate(
+    certificate = Certificate(
         manifest=decode_manifest(str(value["manifest"]).encode("ascii", "replace"), peer=peer),
         view=natural(value["view"], "a view"),
         state_digest=from_hex(value["state"], "a state digest", 32),
         signatures=tuple((PeerId.parse(str(who)), from_hex(text, "a signature", 64)) for who, text in signatures),
     )
+    if certificate.canonical_bytes != data:
+        raise PeerError(peer, "a certificate that is not in canonical form")
+    return certificate
 
 
 def check_certificate(

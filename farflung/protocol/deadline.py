@@ -11,6 +11,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from statistics import median
 
+from farflung.protocol import limits
+from farflung.protocol.genesis import Timing
+
 HISTORY = 16
 """Rounds remembered: enough for a median that one odd round does not move, few enough to follow a changed link."""
 
@@ -39,6 +42,29 @@ class AdaptiveDeadline:
         middle = median(self.seen_s)
         spread = max(median(abs(item - middle) for item in self.seen_s), SPREAD_MIN * middle)
         return min(max(middle + self.mads * spread, self.floor_s), self.ceiling_s)
+
+
+@dataclass(slots=True)
+class Pace:
+    """How long this member's rounds take, and how long it therefore waits."""
+
+    speak: AdaptiveDeadline
+    """From the start of a round until everybody has spoken."""
+    certify: AdaptiveDeadline
+    """From the moment a round may close until its certificate."""
+
+    @staticmethod
+    def of(timing: Timing) -> Pace:
+        """Without history: the ceiling for members to speak, the floor for a proposer to get its certificate."""
+        ceiling_s = timing.deadline_ceiling_ms / 1e3
+        speak = AdaptiveDeadline(timing.deadline_floor_ms / 1e3, ceiling_s, timing.deadline_mads)
+        certify = AdaptiveDeadline(timing.view_floor_ms / 1e3, ceiling_s, timing.deadline_mads)
+        certify.observe(0.0)
+        return Pace(speak, certify)
+
+    def view_s(self, view: int) -> float:
+        """How long the proposer of a view has: doubled with each view, up to a limit."""
+        return self.certify.value_s * 2.0 ** min(view, limits.VIEW_DOUBLINGS_MAX)
 
 
 def closing_time(

@@ -191,6 +191,12 @@ def decode_genesis(data: bytes, run_id: bytes) -> Genesis:
     unknown = sorted(value.keys() - known)
     if unknown:
         raise ConfigError(f"the run has settings this farflung does not know ({', '.join(unknown)}): update farflung")
+    types = {"str": str, "int": int, "bool": bool}
+    for table, kinds in ((value, fields(Genesis)), (value.get("timing"), fields(Timing))):
+        for item in kinds:
+            wanted = types.get(str(item.type))
+            if isinstance(table, dict) and item.name in table and wanted and type(table[item.name]) is not wanted:
+                raise PeerError("?", f"malformed genesis: {item.name} is not of type {item.type}")
     try:
         return Genesis(
             **{

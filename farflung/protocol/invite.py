@@ -51,7 +51,10 @@ def parse_invite(text: str) -> Invite:
         packed = base64.b64decode(body + "=" * (-len(body) % 4), altchars=b"-_", validate=True)
         inflate = zlib.decompressobj()
         data = inflate.decompress(packed[4:], limits.INVITE_CHARS_MAX)
-        if zlib.crc32(data) != int.from_bytes(packed[:4], "big"):
+        whole = (
+            inflate.eof and not inflate.unused_data and base64.urlsafe_b64encode(packed).rstrip(b"=") == body.encode()
+        )
+        if not whole or zlib.crc32(data) != int.from_bytes(packed[:4], "big"):
             raise ConfigError(f"the invite is damaged or cut off: {_HINT}")
         value = decode_canonical(data, bytes_max=limits.INVITE_CHARS_MAX)
         invite = Invite(

@@ -118,7 +118,7 @@ def decode_manifest(data: bytes, *, peer: str = "?") -> Manifest:
     for key in ("announcements", "joined", "left", "members"):
         if not isinstance(value[key], list) or len(value[key]) > limits.MEMBERS_MAX:
             raise PeerError(peer, f"a manifest with too many {key}")
-    return Manifest(
+    manifest = Manifest(
         run_id=from_hex(value["run"], "a run id", 20),
         round_index=natural(value["round"], "a round"),
         parent=from_hex(value["parent"], "a parent", 32),
@@ -129,6 +129,9 @@ def decode_manifest(data: bytes, *, peer: str = "?") -> Manifest:
         members=tuple(_decode_member(item, peer) for item in value["members"]),
         started=value["started"],
     )
+    if manifest.canonical_bytes != data:
+        raise PeerError(peer, "a manifest that is not in canonical form")
+    return manifest
 
 
 def _decode_member(value: Any, peer: str) -> Member:

@@ -9,7 +9,7 @@ from typing import Any
 
 from farflung.protocol import limits
 from farflung.protocol.canonical import decode_canonical, encode_canonical
-from farflung.protocol.errors import PeerError
+from farflung.protocol.errors import LocalError, PeerError
 from farflung.protocol.identity import Identity, PeerId, check_signature
 
 _TAG = b"farflung record\0"
@@ -85,17 +85,16 @@ def decode_record(data: bytes, *, run_id: bytes | None = None) -> PeerRecord:
         sound = (
             len(value) == 10
             and len(record.addresses) <= limits.ADDRESSES_MAX
-            and all(isinstance(item, str) and 0 < len(item) <= 256 for item in record.addresses)
-            and isinstance(record.name, str)
-            and len(record.name) <= limits.NAME_CHARS_MAX
-            and isinstance(record.version, str)
-            and len(record.version) <= limits.NAME_CHARS_MAX
+            and all(_is_plain(item, 256) and item for item in record.addresses)
+            and _is_plain(record.name, limits.NAME_CHARS_MAX)
+            and _is_plain(record.version, limits.NAME_CHARS_MAX)
             and all(
                 type(number) is int and number >= 0
                 for number in (record.issued_ms, record.lease_ms, record.upload_bytes_per_s)
             )
         )
-    except (KeyError, TypeError, ValueError, AttributeError, binascii.Error) as error:
+        sound = sound and record.encode() == data
+    except (KeyError, TypeError, ValueError, AttributeError, LocalError, binascii.Error) as error:
         raise PeerError("?", f"malformed record: {error}") from None
     if not sound:
         raise PeerError("?", "a record with values out of bounds")
@@ -103,3 +102,8 @@ def decode_record(data: bytes, *, run_id: bytes | None = None) -> PeerRecord:
     if run_id is not None and record.run_id != run_id:
         raise PeerError(record.peer_id.short, "a record of another run")
     return record
+
+
+def _is_plain(text: Any, most: int) -> bool:
+    """Short and printable: it is shown on terminals."""
+    return isinstance(text, str) and len(text) <= most and text.isprintable()

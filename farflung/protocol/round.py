@@ -15,11 +15,10 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from farflung.protocol import limits
 from farflung.protocol.attendance import Attendance
 from farflung.protocol.ballot import Ballot
 from farflung.protocol.certificate import Certificate, check_certificate
-from farflung.protocol.deadline import AdaptiveDeadline
+from farflung.protocol.deadline import Pace
 from farflung.protocol.effects import (
     Apply,
     Broadcast,
@@ -81,18 +80,11 @@ class RoundMachine:
     heard_s: dict[PeerId, float] = field(default_factory=dict)
     """When each member was last heard."""
     recent_tips: deque[bytes] = field(default_factory=lambda: deque(maxlen=RECENT_TIPS))
-    deadline: AdaptiveDeadline = field(init=False)
-    """How long members take to speak."""
-    certify: AdaptiveDeadline = field(init=False)
-    """How long a closed round takes to be certified."""
+    pace: Pace = field(init=False)
     _out: list[Effect] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        timing = self.genesis.timing
-        floor_s, ceiling_s = timing.deadline_floor_ms / 1e3, timing.deadline_ceiling_ms / 1e3
-        self.deadline = AdaptiveDeadline(floor_s, ceiling_s, timing.deadline_mads)
-        self.certify = AdaptiveDeadline(timing.view_floor_ms / 1e3, ceiling_s, timing.deadline_mads)
-        self.certify.observe(0.0)
+        self.pace = Pace.of(self.genesis.timing)
         self._open(0.0, {})
 
     # -- what others may ask ------------------------------------------------------------------------------------------
@@ -132,7 +124,7 @@ class RoundMachine:
     def wake_s(self) -> float:
         """When the next Tick is due."""
         waits = self.certificate is None and self.attendance.closed_s is None and self.phase is not Phase.DONE
-        closing_s = self.attendance.closing_s(math.inf, self.deadline.value_s) if waits else math.inf
+        closing_s = self.attendance.closing_s(math.inf, self.pace.speak.value_s) if waits else math.inf
         return min(self.resend_s, self.view_ends_s, closing_s)
 
     # -- events -------------------------------------------------------------------------------------------------------
@@ -205,7 +197,7 @@ class RoundMachine:
                 self.ballot.hear_proposal(message.sender, view, manifest)
                 if view >= self.ballot.view and self.view_ends_s < math.inf:
                     # It deserves the time that fetching and applying it takes.
-                    self.view_ends_s = max(self.view_ends_s, now_s + self._view_s(view))
+                    self.view_ends_s = max(self.view_ends_s, now_s + self.pace.view_s(view))
             case Promise() as promise:
                 if promise.voted is not None:
                     self._check(promise.voted[1])
@@ -276,8 +268,8 @@ class RoundMachine:
                 self.answered.clear()
                 self._out.append(Broadcast(self.slot, Status(0)))
             return
-        if self.certificate is None and self.attendance.watch(now_s, self.deadline.value_s):
-            self.view_ends_s = now_s + self._view_s(self.ballot.view)
+        if self.certificate is None and self.attendance.watch(now_s, self.pace.speak.value_s):
+            self.view_ends_s = now_s + self.pace.view_s(self.ballot.view)
         self._count_votes()
         if self.certificate is None:
             if self.ballot.votes_here:
@@ -322,7 +314,7 @@ class RoundMachine:
         if target > view:
             promise = self.ballot.enter_view(target)
             self.ballot.hear_promise(self.me.peer_id, promise)
-            self.view_ends_s = now_s + self._view_s(target)
+            self.view_ends_s = now_s + self.pace.view_s(target)
             self._out += [Persist("promise", promise), Broadcast(self.slot, promise)]
             self._out.append(Note(f"view {target}: now {self.ballot.proposer(target).short} proposes"))
             self._propose()
@@ -372,9 +364,9 @@ class RoundMachine:
         """Measure this round for the next ones' deadlines."""
         attendance = self.attendance
         if attendance.spoken_s is not None:
-            self.deadline.observe(attendance.spoken_s - attendance.started_s)
+            self.pace.speak.observe(attendance.spoken_s - attendance.started_s)
         if attendance.closed_s is not None and self.ballot.view == 0:
-            self.certify.observe(now_s - attendance.closed_s)
+            self.pace.certify.observe(now_s - attendance.closed_s)
 
     def _resend(self, now_s: float) -> None:
         """Say again what this round needs of me, for whoever missed it; this is also the heartbeat."""
@@ -424,6 +416,3 @@ class RoundMachine:
         notice = LeaveNotice.make(self.me.public_key, self.slot, self.me.sign)
         self.attendance.leaves[self.me.peer_id] = notice
         return notice
-
-    def _view_s(self, view: int) -> float:
-        return self.certify.value_s * 2.0 ** min(view, limits.VIEW_DOUBLINGS_MAX)

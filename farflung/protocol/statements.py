@@ -25,13 +25,16 @@ def natural(value: Any, what: str, most: int = limits.INTEGER_MAX) -> int:
 
 
 def from_hex(value: Any, what: str, length: int) -> bytes:
-    """`value` as `length` bytes. Raises PeerError."""
+    """`value` as `length` bytes, from lower-case hexadecimal and nothing else. Raises PeerError."""
     if not isinstance(value, str) or len(value) != 2 * length:
         raise PeerError("?", f"{what} is not {length} bytes")
     try:
-        return bytes.fromhex(value)
+        data = bytes.fromhex(value)
     except ValueError:
         raise PeerError("?", f"{what} is not hexadecimal") from None
+    if data.hex() != value:  # fromhex also takes capitals, and white space instead of bytes
+        raise PeerError("?", f"{what} is not in canonical form")
+    return data
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ def why_waiting(machine: RoundMachine, now_s: float) -> str:
         return f"waiting for members: {len(machine.parent.members)} of {machine.genesis.start_members} are here"
     if machine.attendance.closed_s is None:
         names = ", ".join(peer.short for peer in machine.attendance.waiting_for)
-        closes_s = machine.attendance.closing_s(now_s, machine.deadline.value_s)
+        closes_s = machine.attendance.closing_s(now_s, machine.pace.speak.value_s)
         when = f", at most {max(0.0, closes_s - now_s):.0f} s more" if closes_s < math.inf else ""
         return f"waiting for payloads of {names or 'nobody'}{when}"
     view = machine.ballot.view

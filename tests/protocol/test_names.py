@@ -41,8 +41,7 @@ def test_damage_to_any_character_of_an_invite_is_noticed():
                 parsed = parse_invite(bent)
             except ConfigError:
                 continue
-            assert at == len(text) - 1, "the last character may hold bits that mean nothing"
-            assert str(parsed) == text
+            raise AssertionError(f"character {at}: {parsed}")
 
 
 @pytest.mark.parametrize(
@@ -96,7 +95,7 @@ def test_a_signature_is_right_for_one_key_and_one_text(text, at):
         (one.public_key, signature[:-1], text),
         (b"", b"", text),
         (bytes(31), signature, text),
-        (bytes(32), bytes(64), text + b"y"),
+        (one.public_key, bytes(64), text),
         (b"\xff" * 32, signature, text),
     ):
         with pytest.raises(PeerError):
@@ -145,11 +144,8 @@ def test_any_change_of_a_record_is_refused():
     data = record.encode()
     value = decode_canonical(data, bytes_max=1 << 20)
     for key in value:
-        for junk in (None, 5, "ab", [], {}, [1], "é", 10**30, value[key][:-1] if isinstance(value[key], str) else -1):
-            try:
-                bent = encode_canonical({**value, key: junk})
-            except Exception:  # not canonical: nobody could have sent it
-                continue
+        for junk in (None, 5, "ab", [], {}, [1], "é", 10**18, value[key][:-1] if isinstance(value[key], str) else -1):
+            bent = encode_canonical({**value, key: junk})
             if bent != data:
                 with pytest.raises(PeerError):
                     decode_record(bent)
