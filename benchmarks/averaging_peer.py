@@ -42,6 +42,7 @@ def fill(out_d: torch.Tensor, peer: int, round_index: int) -> None:
 
 def judge(got_d: torch.Tensor, round_index: int) -> dict[str, float]:
     """The fraction of entries that are averaged, and the largest error among those."""
+    began_cpu_s = time.process_time()
     mean_d, one_d = torch.zeros_like(got_d), torch.empty_like(got_d)
     for peer in range(len(LEVELS)):
         fill(one_d, peer, round_index)
@@ -51,6 +52,7 @@ def judge(got_d: torch.Tensor, round_index: int) -> dict[str, float]:
     return {
         "averaged": float(fine.float().mean(dtype=torch.float64)),
         "error": float(error_d[fine].max()) if fine.any() else float("nan"),
+        "judge_cpu_s": time.process_time() - began_cpu_s,
     }
 
 
@@ -161,11 +163,13 @@ def farflung_peer(options: dict[str, Any]) -> None:
 
     def average() -> dict[str, Any]:
         spent.clear()
-        before = swarm.round_index
-        swarm.step(tokens=1)
-        used, spans = dict(spent), {name: (first, last) for name, (first, last) in SPANS.items()}
         SPANS.clear()
-        return {"rounds": swarm.round_index - before, "spent": used, "spans": spans, "now": time.monotonic()}
+        before, began_cpu_s = swarm.round_index, time.process_time()
+        began_s = time.monotonic()
+        swarm.step(tokens=1)
+        spent["the whole round"] = (time.monotonic() - began_s, time.process_time() - began_cpu_s)
+        SPANS["the whole round"] = (began_s, time.monotonic())
+        return {"rounds": swarm.round_index - before, "spent": dict(spent), "spans": dict(SPANS)}
 
     serve(options, lambda: weight_d, average)
     swarm.leave(1.0)
@@ -175,21 +179,37 @@ SPANS: dict[str, tuple[float, float]] = {}
 """First begin and last end of each kind of work in this round."""
 
 
-def profile(node: Any) -> dict[str, float]:
-    """Add up the seconds of this member's work by kind. Work in worker threads and waits overlap."""
-    spent: dict[str, float] = {}
+class Timed:
+    """A blob in the making whose disk work is timed."""
 
-    def note(name: str, began_s: float) -> None:
+    def __init__(self, made: Any, timed: Callable[..., Any]) -> None:
+        self._made, self._timed = made, timed
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._made, name)
+        return partial(self._timed, f"fetch: {name}", value) if name in ("write_chunk", "finish") else value
+
+
+Spent = dict[str, tuple[float, float]]
+"""Seconds on the clock and seconds of CPU, by kind of work. Work in several threads overlaps."""
+
+
+def profile(node: Any) -> Spent:
+    """Add up this member's work by kind."""
+    spent: Spent = {}
+
+    def note(name: str, began_s: float, cpu_s: float) -> None:
         ended_s = time.monotonic()
-        spent[name] = spent.get(name, 0.0) + ended_s - began_s
-        SPANS[name] = (SPANS.get(name, (began_s, 0.0))[0], ended_s)
+        clock_s, before_cpu_s = spent.get(name, (0.0, 0.0))
+        spent[name] = clock_s + ended_s - began_s, before_cpu_s + cpu_s
+        SPANS[name] = (min(began_s, SPANS.get(name, (began_s, 0.0))[0]), ended_s)
 
     def timed(name: str, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-        began_s = time.monotonic()
+        began_s, began_cpu_s = time.monotonic(), time.thread_time()
         try:
             return function(*arguments, **options)
         finally:
-            note(name, began_s)
+            note(name, began_s, time.thread_time() - began_cpu_s)
 
     def wrap(holder: Any, attribute: str, name: str) -> None:
         setattr(holder, attribute, partial(timed, name, getattr(holder, attribute)))
@@ -206,12 +226,20 @@ def profile(node: Any) -> dict[str, float]:
     wrap(node.anchor, "_step", "decode+mean+outer")
     wrap(node.anchor, "try_out", "try_out (with digest)")
 
+    partial_of = node.parts.exchange._sink
+
+    def sink(*arguments: Any) -> Any:
+        made = timed("fetch: open", partial_of, *arguments)
+        return Timed(made, timed)
+
+    node.parts.exchange._sink = sink
+
     async def fetched(*arguments: Any, **options: Any) -> Any:
         began_s = time.monotonic()
         try:
             return await fetch(*arguments, **options)
         finally:
-            note("fetch", began_s)
+            note("fetch (all)", began_s, 0.0)
 
     node.parts.exchange.fetch = fetched
     return spent

@@ -113,7 +113,7 @@ def train(swarm: Swarm, task: Task, model: nn.Module, events: Events, step_s: fl
         tokens=getattr(task, "tokens", count_tokens),
     )
     while not swarm.finished:
-        began_s = time.monotonic()
+        began_s, began_cpu_s = time.monotonic(), time.process_time()
         trainer.global_step = swarm.global_step
         try:
             result = trainer.train_step()
@@ -121,7 +121,8 @@ def train(swarm: Swarm, task: Task, model: nn.Module, events: Events, step_s: fl
             break
         if (rest_s := step_s - (time.monotonic() - began_s)) > 0:
             time.sleep(rest_s)
-        events("step", round=swarm.round_index, took=time.monotonic() - began_s)
+        cpu_s = time.process_time() - began_cpu_s  # of all threads: training, and the node's serving beside it
+        events("step", round=swarm.round_index, took=time.monotonic() - began_s, cpu=cpu_s)
         swarm.step(result.tokens, result.loss)
 
 

@@ -342,7 +342,7 @@ def _rows(root: Path, run: str) -> list[Row]:
 
     rows = []
     for directory in saved_runs(root, run):
-        status = read_status(directory) or {"run_id": directory.name, "why": "has not been joined yet"}
+        status = read_status(directory) or {"run_id": directory.name, "why": "`farflung join` starts it"}
         train = read_progress(directory) or {}
         rows.append(Row(directory.name[:8], status, train, describe_life(status, train, time.time_ns() // 1_000_000)))
     return rows

@@ -52,6 +52,8 @@ class Chain:
     """Tokens of all members up to and including each round."""
     trained: int
     """Rounds that had payloads."""
+    steps: int
+    """Optimiser steps of all members in them; a member that is late sends what it has."""
     complete: bool
     """Every member logged the last round."""
 
@@ -70,20 +72,21 @@ def compare_logs(logs: Sequence[Sequence[Mapping[str, Any]]], rounds: int) -> Ch
     """Hold the logs against each other. A restarted member may lack rounds, which it has as certificates."""
     states: dict[int, set[str]] = {}
     tokens_of: dict[int, int] = {}
-    trained = set()
+    steps_of: dict[int, int] = {}
     for log in logs:
         for entry in log:
             index = int(entry["round"])
             states.setdefault(index, set()).add(str(entry["state"]))
-            tokens_of[index] = sum(int(item["tokens"]) for item in entry["payloads"].values() if item["bytes"])
-            if any(item["bytes"] for item in entry["payloads"].values()):
-                trained.add(index)
+            payloads = [item for item in entry["payloads"].values() if item["bytes"]]
+            tokens_of[index] = sum(int(item["tokens"]) for item in payloads)
+            steps_of[index] = sum(int(item["steps"]) for item in payloads)
     total, tokens = 0, {}
     for index in sorted(tokens_of):
         total += tokens_of[index]
         tokens[index] = total
     complete = all(log and int(log[-1]["round"]) == rounds for log in logs)
-    return Chain(states, tokens, len(trained), complete)
+    trained = sum(1 for steps in steps_of.values() if steps)
+    return Chain(states, tokens, trained, sum(steps_of.values()), complete)
 
 
 def member_result(child: Child, log: Sequence[Mapping[str, Any]]) -> MemberResult:
@@ -123,7 +126,7 @@ def report(
     logs = [read_rounds(child.run_directory) for child in children]
     chain = compare_logs(logs, settings.rounds_in_all)
     results = [member_result(child, log) for child, log in zip(children, logs, strict=True)]
-    steps = chain.trained * settings.inner_steps
+    steps = round(chain.steps / settings.members)
     ring = ring_bytes(settings.members, founded.genesis.schema.numel, steps)
     ratio = ring / max(1.0, sum(result.bytes_up for result in results) / len(results))
     genesis = founded.genesis

@@ -103,7 +103,7 @@ def member_panel(status: Facts, train: Facts, *, hint: str = "Ctrl-C leaves poli
 
 
 COLUMNS = ("node", "round", "step", "tok/s", "loss", "", "validation", "sent", "received", "peers", "doing")
-WIDE = 116
+WIDE = 132
 """Columns of a terminal from which on everything fits side by side."""
 
 LEFT_OUT = ("", "peers", "doing")

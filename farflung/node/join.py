@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -14,18 +13,12 @@ from farflung.node.flat import refuse_master_copies
 from farflung.node.mailbox import Mailbox
 from farflung.node.member import Member
 from farflung.node.opening import JoinSettings, open_node
+from farflung.node.saved import default_home
 from farflung.node.shell import Node
 from farflung.node.store import RunStore, open_home
 from farflung.node.swarm import Swarm
 from farflung.protocol.genesis import Genesis
 from farflung.protocol.invite import Invite, parse_invite
-
-
-def default_home() -> Path:
-    """$FARFLUNG_HOME, or farflung's folder among the user's data (XDG)."""
-    if home := os.environ.get("FARFLUNG_HOME"):
-        return Path(home).expanduser()
-    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "farflung"
 
 
 def start_member(

@@ -146,6 +146,8 @@ def describe_life(status: Mapping[str, Any], train: Mapping[str, Any], now_ms: i
     if train.get("ended"):
         return str(train["ended"])
     pid = int(status.get("pid", 0))
+    if not pid:
+        return "not joined from here yet"
     if not pid_runs(pid):
         return f"gone: process {pid} was killed or crashed; `farflung join` resumes it"
     silent_s = (now_ms - int(status.get("unix_ms", 0))) / 1e3

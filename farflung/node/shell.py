@@ -376,7 +376,7 @@ class Node:
             self.parts.exchange.forget(digest)
 
     async def _heal(self, certificate: Certificate) -> None:
-        """My trial differs from what a quorum signed: recompute it from disk, or fetch it; if it differs again, stop."""
+        """My trial differs from what a quorum signed: recompute it from disk, or fetch it; if it differs again, stop"""
         index = certificate.manifest.round_index
         self.parts.audit.note("my state differs from the certified one; healing", round_index=index)
         async with self._trying:

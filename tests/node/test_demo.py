@@ -27,7 +27,7 @@ def test_two_processes_find_each_other_train_and_agree(tmp_path: Path, capsys: p
     assert value["sample"].startswith("def ")
     for member in value["per_member"]:
         assert {"bytes_up", "bytes_down", "tokens", "wait_s"} <= member.keys()
-        assert member["tokens"] == 4 * 5 * 4 * 64
+        assert 0 < member["tokens"] <= 4 * 5 * 4 * 64  # fewer if a loaded machine made somebody late
     assert (tmp_path / "out" / "loss.png").exists()
     assert not [child for child in psutil.Process().children(recursive=True) if "farflung" in child.name()]
     assert cli.main(["demo", "--plain", "--out", str(tmp_path / "out")]) == 2
@@ -46,11 +46,12 @@ def test_a_member_that_dies_ends_the_demo_with_its_last_words(tmp_path, monkeypa
 
 def test_states_that_differ_in_any_round_are_a_failure():
     def entry(index: int, state: str) -> dict:
-        return {"round": index, "state": state, "payloads": {"a": {"tokens": 10, "bytes": 1}}}
+        return {"round": index, "state": state, "payloads": {"a": {"tokens": 10, "bytes": 1, "steps": 5}}}
 
     good = [entry(1, "x"), entry(2, "y")]
     assert compare_logs([good, good], 2).equal
     assert compare_logs([good, good], 2).tokens == {1: 10, 2: 20}
+    assert compare_logs([good, good], 2).steps == 10
     assert compare_logs([good, good[1:]], 2).equal  # restarted
     assert not compare_logs([good, [entry(1, "z"), entry(2, "y")]], 2).equal
     assert not compare_logs([good, good[:1]], 2).equal
