@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable
 from functools import partial
@@ -164,15 +165,33 @@ def farflung_peer(options: dict[str, Any]) -> None:
     def average() -> dict[str, Any]:
         spent.clear()
         SPANS.clear()
+        threads = cpu_by_thread()
         before, began_cpu_s = swarm.round_index, time.process_time()
         began_s = time.monotonic()
         swarm.step(tokens=1)
         spent["the whole round"] = (time.monotonic() - began_s, time.process_time() - began_cpu_s)
         SPANS["the whole round"] = (began_s, time.monotonic())
+        for name, cpu_s in cpu_by_thread().items():
+            spent[f"thread: {name}"] = (0.0, cpu_s - threads.get(name, 0.0))
+            SPANS[f"thread: {name}"] = SPANS["the whole round"]
         return {"rounds": swarm.round_index - before, "spent": dict(spent), "spans": dict(SPANS)}
 
     serve(options, lambda: weight_d, average)
     swarm.leave(1.0)
+
+
+def cpu_by_thread() -> dict[str, float]:
+    """CPU seconds so far by kind of thread; names without numbers, "native" for those not Python's."""
+    names = {thread.native_id: thread.name for thread in threading.enumerate()}
+    found: dict[str, float] = {}
+    for path in Path("/proc/self/task").iterdir():
+        try:
+            fields = (path / "stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        name = names.get(int(path.name), "native (gRPC)").rstrip("0123456789_- ")
+        found[name] = found.get(name, 0.0) + (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return found
 
 
 SPANS: dict[str, tuple[float, float]] = {}
@@ -249,4 +268,8 @@ if __name__ == "__main__":
     given = json.loads(sys.argv[1])
     torch.set_num_threads(1)
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    if chunks := os.environ.get("BENCH_CHUNKS"):  # an experiment: into how many chunks payloads are cut
+        from farflung.protocol import blob
+
+        blob.choose_chunk_bytes = lambda size: min(1 << 20, max(1 << 14, 1 << (size // int(chunks)).bit_length()))
     {"hivemind": hivemind_peer, "farflung": farflung_peer}[given["system"]](given)

@@ -243,7 +243,9 @@ def main() -> None:
         notes=[
             f"the others' round: limit {DEADLINE_S + 6 * VIEW_S:.0f} s (deadline ceiling and three views)",
             noise(),
-            goal(f"{late} rounds late, {lost} updates of uninvolved members lost, {differ} rounds with two states", sound),
+            goal(
+                f"{late} rounds late, {lost} updates of uninvolved members lost, {differ} rounds with two states", sound
+            ),
         ],
     )
     publish(args.out, "kill_soak_all", again, title="kill -9 of all four at once")

@@ -39,7 +39,9 @@ def state_fetch(events: list[Event], state_bytes: int) -> tuple[float, float, di
     return begin["t"], end["t"], sources
 
 
-def join_and_wait(world: Rig, joiner: int, state_bytes: int, seconds: float, **options: object) -> tuple[float, float, dict[str, int]]:
+def join_and_wait(
+    world: Rig, joiner: int, state_bytes: int, seconds: float, **options: object
+) -> tuple[float, float, dict[str, int]]:
     """Start the joiner; returns its download."""
     world.start(joiner, **options)  # type: ignore[arg-type]
     world.wait_until("the joiner's state", lambda: state_fetch(world.events(joiner), state_bytes) is not None, seconds)
@@ -54,7 +56,7 @@ def line(out: Path, params: int, outer: str, members: int) -> None:
         name="late",
         task="builtin:stub",
         task_options={"params": params},
-        codec="int8",  # with smaller payloads, replaying five rounds is cheaper than the state, and that is what happens
+        codec="int8",  # with smaller payloads, replaying five rounds is cheaper than the state
         outer=outer,
         inner_steps=1,
         start_members=members,
@@ -95,7 +97,10 @@ def line(out: Path, params: int, outer: str, members: int) -> None:
             f"one plain TCP connection: {tcp / MBIT:.1%} of the line",
             "s: from the wish to the last byte checked and on disk (fsync included)",
             noise(),
-            goal(f"{share:.1%} of the line (goal 80 %) from {len(sources)} members (goal 2)", share >= 0.8 and len(sources) >= 2),
+            goal(
+                f"{share:.1%} of the line (goal 80 %) from {len(sources)} members (goal 2)",
+                share >= 0.8 and len(sources) >= 2,
+            ),
         ],
     )
 
@@ -103,7 +108,10 @@ def line(out: Path, params: int, outer: str, members: int) -> None:
 def _snapshot(world: Rig, members: int) -> bool:
     """Whether every member has a snapshot of round 5 or later on disk."""
     homes = [world.root / str(member) / "runs" for member in range(members)]
-    return all(any(not path.suffix and path.name >= "round-000005" for path in home.glob("*/snapshots/round-*")) for home in homes)
+    return all(
+        any(not path.suffix and path.name >= "round-000005" for path in home.glob("*/snapshots/round-*"))
+        for home in homes
+    )
 
 
 def training(out: Path, members: int, upload_mbit: float) -> None:

@@ -72,10 +72,14 @@ def build_anchor(model: nn.Module, setting: Setting) -> Anchor:
 
 
 def train_together(
-    setting: Setting, start_d: torch.Tensor | None = None, on_round: Callable[[int, Anchor, nn.Module], None] | None = None
+    setting: Setting,
+    start_d: torch.Tensor | None = None,
+    on_round: Callable[[int, Anchor, nn.Module], None] | None = None,
 ) -> dict[str, Any]:
     """All rounds; returns the anchor, the validation loss of θ, and the mean payload size."""
-    keys = sorted((Identity(hashlib.sha256(bytes([i])).digest()) for i in range(setting.members)), key=lambda k: k.peer_id)
+    keys = sorted(
+        (Identity(hashlib.sha256(bytes([i])).digest()) for i in range(setting.members)), key=lambda k: k.peer_id
+    )
     trainers = [Trainer.of_task(setting.task, solo_view(me=i, of=setting.members)) for i in range(setting.members)]
     probe = setting.task.build_model()
     if start_d is not None:

@@ -143,7 +143,9 @@ def bulk(out: Path, mbit: float, payload_mb: float, rounds: int) -> None:
     )
 
 
-def show_lines(wire: list[tuple[float, list[tuple[int, int]]]], mbit: float, bars: list[tuple[float, float, str]]) -> None:
+def show_lines(
+    wire: list[tuple[float, list[tuple[int, int]]]], mbit: float, bars: list[tuple[float, float, str]]
+) -> None:
     """How full each line was, half second by half second, while payloads moved: wire bytes, all headers included."""
     first, last = min(bar[0] for bar in bars), max(bar[1] for bar in bars)
     pairs = [(a, b) for a, b in itertools.pairwise(wire) if a[0] >= first - 0.5 and b[0] <= last + 0.5]
@@ -199,12 +201,14 @@ def slow_origin(out: Path, mbit: float, payload_mb: float, rounds: int) -> None:
         out,
         "narrow_links_slow_origin",
         rows,
-        title=f"slow origin: member {slow} uploads at {lines[slow].up:g} Mbit/s, the others at {mbit:g}; {payload_mb:g} MB",
+        title=f"slow origin: member {slow} uploads at {lines[slow].up:g} Mbit/s, others {mbit:g}; {payload_mb:g} MB",
         notes=[
             f"sending its payload once takes {once_s:.1f} s on that line, three times {3 * once_s:.1f} s",
             f"{health(played, run)}",
-            goal(f"the slow origin sends its payload {rows[slow]['own payload sent x']:.2f} times (about once)",
-                 rows[slow]["own payload sent x"] <= 1.25),
+            goal(
+                f"the slow origin sends its payload {rows[slow]['own payload sent x']:.2f} times (about once)",
+                rows[slow]["own payload sent x"] <= 1.25,
+            ),
         ],
     )
 

@@ -49,7 +49,23 @@ def available() -> str | None:
     try:
         _sh("ip", "netns", "add", probe)
         _sh("ip", "-n", probe, "link", "add", "name", "eth0", "type", "veth", "peer", "name", "eth1")
-        _sh("tc", "-n", probe, "qdisc", "add", "dev", "eth0", "root", "tbf", "rate", "1mbit", "burst", "10kb", "latency", "50ms")
+        _sh(
+            "tc",
+            "-n",
+            probe,
+            "qdisc",
+            "add",
+            "dev",
+            "eth0",
+            "root",
+            "tbf",
+            "rate",
+            "1mbit",
+            "burst",
+            "10kb",
+            "latency",
+            "50ms",
+        )
     except RuntimeError as error:
         return str(error)
     finally:
@@ -105,7 +121,9 @@ class Hosts:
             raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for child in self._children:
             if child.poll() is None:
                 child.kill()
@@ -181,7 +199,9 @@ def threading_main() -> bool:
 
 
 def _tool(name: str) -> str | None:
-    return shutil.which(name) or next((path for path in (f"/usr/sbin/{name}", f"/sbin/{name}") if Path(path).exists()), None)
+    return shutil.which(name) or next(
+        (path for path in (f"/usr/sbin/{name}", f"/sbin/{name}") if Path(path).exists()), None
+    )
 
 
 def _sh(*command: str) -> str:

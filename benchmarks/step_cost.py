@@ -1,6 +1,6 @@
 """What farflung costs where nobody looks: a step between rounds, the import, an idle node's memory, big vectors.
 
-    python benchmarks/step_cost.py
+python benchmarks/step_cost.py
 """
 
 from __future__ import annotations
@@ -70,7 +70,8 @@ with tempfile.TemporaryDirectory() as folder:
     swarm = Swarm(member, model)
     time.sleep(3)
     gc.collect()
-    vectors = sum(1 for item in gc.get_objects() if isinstance(item, torch.Tensor) and item.numel() == params)
+    live = {item.data_ptr() for item in gc.get_objects() if isinstance(item, torch.Tensor) and item.numel() == params}
+    vectors = len(live)
     result = {"base": base, "model_mb": model_mb, "all_mb": resident(), "vectors": vectors,
               "threads": threading.active_count()}
     steps = []
@@ -126,13 +127,28 @@ def main() -> None:
         row(f"{code}, beyond torch", min(times), "s", limit, f"best of 5; worst {max(times):.3f}")
     for discovery in ("rendezvous", "both"):
         found = child(MEMORY, str(args.params), discovery, "nesterov(lr=0.7,momentum=0.6)")
-        vector_mb = args.params * 4 / 1e6
-        state_mb = 6 * vector_mb  # θ, b, both next ones, φ_start, e
-        beyond = found["all_mb"] - found["base"]["torch, hivemind"] - found["model_mb"] - state_mb
-        row(f"idle node, discovery {discovery}", beyond, "MB", RSS_MB,
-            f"beyond torch + hivemind ({found['base']['torch, hivemind']:.0f} MB), the model and 6 vectors of it")
-        row(f"swarm.step() between rounds ({discovery})", statistics.median(found["step_us"]), "µs", STEP_US,
-            f"worst of 20 x 1000: {max(found['step_us']):.1f}; with a loss tensor {found['step_loss_us']:.1f}")
+        beyond = found["all_mb"] - found["base"]["torch, hivemind"] - found["model_mb"]
+        row(
+            f"idle node, discovery {discovery}",
+            beyond,
+            "MB",
+            RSS_MB,
+            f"beyond torch + hivemind ({found['base']['torch, hivemind']:.0f} MB) and the model of {args.params:,}",
+        )
+        row(
+            f"live vectors of that length ({discovery})",
+            found["vectors"],
+            "",
+            None,
+            "found in the process: the model's, θ, b, the next of both, φ_start, e",
+        )
+        row(
+            f"swarm.step() between rounds ({discovery})",
+            statistics.median(found["step_us"]),
+            "µs",
+            STEP_US,
+            f"worst of 20 x 1000: {max(found['step_us']):.1f}; with a loss tensor {found['step_loss_us']:.1f}",
+        )
     for name, count in child(VECTORS, "", str(Path(__file__).parent)).items():
         row(f"model-sized vectors: {name}", count, "", None, "θ, b, the next of both, φ_start, e where there is one")
     reached = all(item["value"] < item["goal below"] for item in rows if item["goal below"])

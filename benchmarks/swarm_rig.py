@@ -90,12 +90,16 @@ class Rig:
         while not holds():
             dead = {member: child.returncode for member, child in self.children.items() if child.poll()}
             if dead or time.monotonic() > end_s:
-                raise TimeoutError(f"{what}: {f'members ended: {dead}' if dead else f'not within {seconds:.0f} s'}\n{self.tails()}")
+                raise TimeoutError(
+                    f"{what}: {f'members ended: {dead}' if dead else f'not within {seconds:.0f} s'}\n{self.tails()}"
+                )
             time.sleep(0.1)
 
     def wait_done(self, seconds: float) -> None:
         """Until every member has left by itself."""
-        self.wait_until("the run's end", lambda: all(child.poll() is not None for child in self.children.values()), seconds)
+        self.wait_until(
+            "the run's end", lambda: all(child.poll() is not None for child in self.children.values()), seconds
+        )
 
     def tails(self) -> str:
         return "\n".join(f"--- {path.name}\n{path.read_text()[-1500:]}" for path in sorted(self.root.glob("*.log")))

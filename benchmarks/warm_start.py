@@ -94,7 +94,9 @@ def compare(args: Any, name: str, base: Setting, start: Path | None, within: flo
         rows = []
         for cell, item in zip(cells, pending, strict=True):
             result = item.result()
-            ring = 2 * (cell.members - 1) / cell.members * 4 * result["parameters"]  # sent per step by data-parallel fp32
+            ring = (
+                2 * (cell.members - 1) / cell.members * 4 * result["parameters"]
+            )  # sent per step by data-parallel fp32
             rows.append(
                 {
                     "codec": cell.codec,
@@ -119,8 +121,11 @@ def compare(args: Any, name: str, base: Setting, start: Path | None, within: flo
         f"{', cosine to 0.1' if args.decay else ''}",
         notes=[
             f"one process, batch {base.alone.batch}, {base.steps} steps: {table} (the best one counts)",
-            "fewer bytes: sent per member, against an fp32 ring all-reduce of every step; each payload goes to 3 others",
-            goal(f"best within {within - 1:.0%}: {rows[0]['vs one process'] - 1:+.1%}", rows[0]["loss"] <= within * best_alone),
+            "fewer bytes: sent per member, against an fp32 ring all-reduce of every step; a payload goes to 3 others",
+            goal(
+                f"best within {within - 1:.0%}: {rows[0]['vs one process'] - 1:+.1%}",
+                rows[0]["loss"] <= within * best_alone,
+            ),
         ],
     )
 

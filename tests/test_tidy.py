@@ -127,7 +127,7 @@ def test_code_fits_a_screen(path):
 def test_the_lists_of_long_things_are_not_longer_than_they_must_be():
     for name in LONG_FILES:
         assert len((ROOT / name).read_text(encoding="utf-8").splitlines()) > FILE_LINES_MAX, name
-    assert LONG_FUNCTIONS <= set().union(*map(long_functions_of, SOURCES))
+    assert not LONG_FUNCTIONS - set().union(*map(long_functions_of, SOURCES))
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)

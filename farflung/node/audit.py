@@ -68,6 +68,7 @@ class Audit:
         sent, received = self.transport.bytes_sent, self.transport.bytes_received
         entry = {
             "round": manifest.round_index,
+            "trained": manifest.trained,
             "view": certificate.view,
             "manifest": manifest.digest.hex(),
             "state": certificate.state_digest.hex(),

@@ -248,8 +248,11 @@ class Plan:
         for download, held in self._askable(peer, state, now_s):
             late = held & download.in_flight
             for other in self._calls_of(download) if late else ():
+                moves = other.peer == peer or now_s < other.last_s + PATIENCE_S_MIN
+                if moves or now_s < self._late_s(other, peer):
+                    continue
                 wanted = [index for index in bits(other.left & late) if download.copies.get(index, 0) < 2]
-                if other.peer != peer and wanted and now_s >= self._late_s(other, peer):
+                if wanted:
                     return self._ask(peer, state, download, wanted[:1], now_s)
         return None
 

@@ -5,7 +5,7 @@ Sets of chunks are integers used as bit masks.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from farflung.node.stripes import stripe_owners
@@ -28,9 +28,16 @@ FIRST_PATIENCE_S = 10.0
 ALL = -1
 
 
-def bits(mask: int) -> Iterator[int]:
+def bits(mask: int) -> list[int]:
     """Indices of the bits set, rising."""
-    return (index for index, bit in enumerate(reversed(f"{mask:b}")) if bit == "1")
+    if 8 * mask.bit_count() > mask.bit_length():
+        return [index for index, bit in enumerate(reversed(f"{mask:b}")) if bit == "1"]
+    indices = []
+    while mask:  # few bits: take them off one by one
+        lowest = mask & -mask
+        indices.append(lowest.bit_length() - 1)
+        mask ^= lowest
+    return indices
 
 
 def mask_of(indices: Iterable[int], size: int) -> int:
@@ -154,7 +161,5 @@ class Download:
     def wake_s(self, now_s: float) -> list[float]:
         """When `stalled` and `idle` next grow."""
         patience_s = self.patience_s
-        return [
-            self._fresh_s + (self.stalled(now_s) + 1) * patience_s,
-            self.moved_s + (self.idle(now_s) + 1) * patience_s,
-        ]
+        since = (self._fresh_s, self.moved_s)
+        return [at_s + (int((now_s - at_s) / patience_s + 1e-9) + 1) * patience_s for at_s in since]

@@ -34,6 +34,8 @@ class RoundView(NamedTuple):
     certificate: bytes
     me: PeerId
     members: tuple[PeerId, ...]
+    trained: int = 0
+    """Rounds that trained before this one."""
 
 
 View = Callable[[], RoundView | None]

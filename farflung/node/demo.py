@@ -49,14 +49,9 @@ class DemoSettings:
         if self.rounds < 1 or self.inner_steps < 1:
             raise ConfigError(f"rounds and inner steps must be at least 1, got {self.rounds} and {self.inner_steps}")
 
-    @property
-    def rounds_in_all(self) -> int:
-        """Those in which members are admitted one by one, at most, and then those that train."""
-        return self.rounds + self.members - 1
-
     def run_file(self) -> RunFile:
         """The run. Members wait for each other at the start, so that all train on the same rounds."""
-        steps = self.rounds_in_all * self.inner_steps
+        steps = self.rounds * self.inner_steps
         options = {name: getattr(self, name) for name in ("layers", "width", "context", "batch", "lr")}
         return RunFile(
             name="demo",
@@ -64,7 +59,7 @@ class DemoSettings:
             codec=self.codec,
             outer=self.outer,
             inner_steps=self.inner_steps,
-            rounds=self.rounds_in_all,
+            rounds=self.rounds,
             start_members=self.members,
             timing=Timing(deadline_ceiling_ms=60_000, resend_ms=500),
         )

@@ -84,7 +84,7 @@ def compare_logs(logs: Sequence[Sequence[Mapping[str, Any]]], rounds: int) -> Ch
     for index in sorted(tokens_of):
         total += tokens_of[index]
         tokens[index] = total
-    complete = all(log and int(log[-1]["round"]) == rounds for log in logs)
+    complete = all(log and int(log[-1]["trained"]) == rounds for log in logs)
     trained = sum(1 for steps in steps_of.values() if steps)
     return Chain(states, tokens, trained, sum(steps_of.values()), complete)
 
@@ -124,7 +124,7 @@ def report(
 ) -> int:
     """Print and write everything; returns 1 if states differed or somebody did not finish."""
     logs = [read_rounds(child.run_directory) for child in children]
-    chain = compare_logs(logs, settings.rounds_in_all)
+    chain = compare_logs(logs, settings.rounds)
     results = [member_result(child, log) for child, log in zip(children, logs, strict=True)]
     steps = round(chain.steps / settings.members)
     ring = ring_bytes(settings.members, founded.genesis.schema.numel, steps)

@@ -60,8 +60,7 @@ def human_loss(loss: Any) -> str:
 
 def round_text(status: Facts, train: Facts) -> str:
     """7/14"""
-    rounds = int(train.get("rounds", 0))
-    index = max(int(status.get("round", 0)), int(train.get("round", 0)))
+    rounds, index = int(train.get("rounds", 0)), int(status.get("trained", 0)) + 1
     return f"{min(index, rounds)}/{rounds}" if rounds else str(index)
 
 

@@ -165,7 +165,7 @@ class Fleet:
                 if murder is not None:
                     murder.look(rows)
                 self.check()
-                done = sum(int(row.status.get("round", 0)) for row in rows)
+                done = sum(int(row.status.get("trained", 0)) for row in rows)
                 if done != seen:
                     seen, seen_s = done, time.monotonic()
                 if time.monotonic() - seen_s > STALL_S:
@@ -217,13 +217,13 @@ class _Murder:
 
     def __init__(self, fleet: Fleet) -> None:
         self._fleet = fleet
-        self._at_round = max(2, fleet.settings.rounds_in_all // 2)
+        self._at_round = max(2, fleet.settings.rounds // 2)
         self._victim: Child | None = None
         self._killed_s = 0.0
 
     def look(self, rows: list[Row]) -> None:
         """Do what is due."""
-        if self._victim is None and min(int(row.status.get("round", 0)) for row in rows) >= self._at_round:
+        if self._victim is None and min(int(row.status.get("trained", 0)) for row in rows) >= self._at_round:
             self._victim = random.choice(self._fleet.children)
             self._victim.kill()
             self._victim.process, self._killed_s = None, time.monotonic()

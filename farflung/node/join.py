@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from farflung.node.data import RoundView
 from farflung.node.flat import refuse_master_copies
 from farflung.node.mailbox import Mailbox
 from farflung.node.member import Member
@@ -54,11 +55,11 @@ def join(
     announce: tuple[str, ...] = (),
     upload_mbit: float | None = None,
     discovery: str = "both",
-    on_adopt: Callable[[int], None] | None = None,
+    on_adopt: Callable[[RoundView], None] | None = None,
 ) -> Swarm:
     """Join a run, and return when its anchor is in `model` and training may begin. With the same `home`, resume it.
 
-    The model must have the tensors the run was created with. `on_adopt(round)` is called, in the training thread,
+    The model must have the tensors the run was created with. `on_adopt(view)` is called, in the training thread,
     whenever the model has been given a new anchor. Raises ConfigError if something must be changed first (a wrong
     invite, another model, a port in use), TooFewPeers if nobody of the run can be reached.
     """

@@ -139,5 +139,6 @@ class LocalPhase:
             self._mailbox.post(Hurry(machine.round_index))
 
     def _view(self, machine: RoundMachine) -> RoundView:
-        members = tuple(machine.parent.member_of)
-        return RoundView(self._genesis.run_id, machine.round_index, machine.parent.digest, self._me, members)
+        parent = machine.parent
+        members, run_id = tuple(parent.member_of), self._genesis.run_id
+        return RoundView(run_id, machine.round_index, parent.digest, self._me, members, parent.trained)

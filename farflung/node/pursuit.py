@@ -43,11 +43,11 @@ class Pursuit:
             record = self._peers.record_of(peer)
             if record is None:
                 return False
-            chain, tip = await self._transport.chain(record, machine.round_index, deadline_s=CALL_S)
+            start, parent, limit = machine.round_index, machine.parent, machine.me.payload_bytes_max
+            chain, tip = await self._transport.chain(record, start, deadline_s=CALL_S)
             if tip - machine.round_index > self._genesis.snapshot_rounds:
                 self.hopeless = True
                 return False
-            parent, limit = machine.parent, machine.me.payload_bytes_max
             for data in chain:
                 certificate = decode_certificate(data, peer=peer.short)
                 check_certificate(certificate, parent, self._genesis, payload_bytes_max=limit)

@@ -39,6 +39,7 @@ def describe(node: Node) -> dict[str, Any]:
         status |= {
             "phase": str(machine.phase),
             "round": machine.round_index,
+            "trained": machine.parent.trained,
             "why": why_waiting(machine, node.clock.now_s()),
             "members": [peer.short for peer in machine.parent.member_of],
             "state": machine.tip.state_digest.hex(),

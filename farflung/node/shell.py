@@ -353,7 +353,7 @@ class Node:
         counted = self.local.judge(manifest, trial.verdicts)
         self.parts.audit.certified(certificate, trial, counted=counted)
         self._forget_fetches()
-        if manifest.round_index % self.genesis.snapshot_rounds == 0 or manifest.round_index == self.genesis.rounds:
+        if manifest.round_index % self.genesis.snapshot_rounds == 0 or manifest.trained == self.genesis.rounds:
             self._snapshot = self._spawn(self._take_snapshot(manifest.round_index), "snapshot")
 
     def _forget_fetches(self) -> None:

@@ -33,7 +33,7 @@ WAIT_S = 0.5
 class Swarm:
     """A member as its training loop sees it. Made by `farflung.join`; use it in a `with` block, or call `leave`."""
 
-    def __init__(self, member: Member, model: nn.Module, on_adopt: Callable[[int], None] | None = None) -> None:
+    def __init__(self, member: Member, model: nn.Module, on_adopt: Callable[[RoundView], None] | None = None) -> None:
         self._member, self._model, self._on_adopt = member, model, on_adopt
         self._mailbox: Mailbox = member.mailbox
         self._no_notice = member.mailbox.empty
@@ -80,8 +80,9 @@ class Swarm:
 
     @property
     def global_step(self) -> int:
-        """The certified step that learning-rate schedules follow: rounds before this one x H, plus local steps."""
-        return max(0, self.round_index - 1) * self._member.genesis.inner_steps + self._steps
+        """The certified step that learning-rate schedules follow: rounds that trained x H, plus local steps."""
+        trained = self._view.trained if self._view else 0
+        return trained * self._member.genesis.inner_steps + self._steps
 
     @property
     def status(self) -> dict[str, Any]:
@@ -160,7 +161,7 @@ class Swarm:
         self._view, self._sent, self._due = view, False, self._member.genesis.inner_steps
         self._began_s = time.monotonic()
         if self._on_adopt is not None:
-            self._on_adopt(view.round_index)
+            self._on_adopt(view)
 
     def _await_first_anchor(self) -> None:
         while self._view is None and not self.finished:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from farflung.node.data import Shard, Sharder
+from farflung.node.data import RoundView, Shard, Sharder
 from farflung.node.flat import refuse_master_copies, trainable
 from farflung.node.local_state import LocalStates
 from farflung.node.member import Member
@@ -100,15 +100,15 @@ class TrainingLoop:
             if swarm.round_index != before:
                 self.progress.note_return()
 
-    def on_adopt(self, round_index: int) -> None:
-        """A new anchor is in the model: the swarm calls this before the first local step of `round_index`."""
-        finished = round_index - 1
-        steps = self.swarm.global_step if self.swarm is not None else finished * self.genesis.inner_steps
+    def on_adopt(self, view: RoundView) -> None:
+        """A new anchor is in the model: the swarm calls this before the first local step of the view's round."""
+        finished = view.round_index - 1
+        steps = self.swarm.global_step if self.swarm is not None else view.trained * self.genesis.inner_steps
         if self.trainer is not None:
             self.trainer.global_step = steps
-        self.progress.note_adoption(round_index, steps)
+        self.progress.note_adoption(view.round_index, steps)
         every = self.settings.eval_rounds
-        over = 0 < self.genesis.rounds <= finished
+        over = 0 < self.genesis.rounds <= view.trained
         if every and finished % every == 0 and not over:
             self.evaluate(finished)
         if finished % self.genesis.snapshot_rounds == 0:

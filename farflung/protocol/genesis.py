@@ -84,7 +84,7 @@ class Genesis:
     """H: local steps per round."""
 
     rounds: int = 0
-    """The run is over after this many; 0 = it goes on until nobody trains any more."""
+    """The run is over after this many rounds with payloads; 0 = it goes on until nobody trains any more."""
 
     weights: str = "uniform"
     """What a member's claims count for: "uniform", "steps(cap=500)" or "tokens(cap=100000)"; caps bound liars."""

@@ -65,6 +65,8 @@ class Manifest:
     """Of the next round."""
     started: bool
     """Whether training has begun (genesis.start_members); once true it stays true."""
+    trained: int = 0
+    """Rounds with payloads up to and including this one: what schedules and the run's length count."""
 
     @property
     def slot(self) -> Slot:
@@ -90,6 +92,7 @@ class Manifest:
                 "round": self.round_index,
                 "run": self.run_id.hex(),
                 "started": self.started,
+                "trained": self.trained,
             }
         )
 
@@ -112,7 +115,7 @@ class Manifest:
 def decode_manifest(data: bytes, *, peer: str = "?") -> Manifest:
     """A manifest from canonical bytes; well-formed, not yet checked against its parent. Raises PeerError."""
     value = decode_canonical(data, bytes_max=limits.CONTROL_BYTES_MAX, peer=peer)
-    keys = {"announcements", "joined", "left", "members", "parent", "proposer", "round", "run", "started"}
+    keys = {"announcements", "joined", "left", "members", "parent", "proposer", "round", "run", "started", "trained"}
     if not isinstance(value, dict) or value.keys() != keys or type(value["started"]) is not bool:
         raise PeerError(peer, "a malformed manifest")
     for key in ("announcements", "joined", "left", "members"):
@@ -128,6 +131,7 @@ def decode_manifest(data: bytes, *, peer: str = "?") -> Manifest:
         left=tuple(LeaveNotice.from_json(item) for item in value["left"]),
         members=tuple(_decode_member(item, peer) for item in value["members"]),
         started=value["started"],
+        trained=natural(value["trained"], "trained rounds"),
     )
     if manifest.canonical_bytes != data:
         raise PeerError(peer, "a manifest that is not in canonical form")
@@ -182,6 +186,7 @@ def build_manifest(
         left=gone,
         members=members,
         started=parent.started or len(members) >= genesis.start_members,
+        trained=parent.trained + any(item.payload is not None for item in spoke),
     )
 
 

@@ -249,7 +249,7 @@ class RoundMachine:
         self.asked, self.answered = set(), set()
         self.staging = self.staged = self.certificate = None
         self.view_ends_s, self.resend_s = math.inf, now_s
-        over = 0 < self.genesis.rounds <= self.parent.round_index
+        over = 0 < self.genesis.rounds <= self.parent.trained
         self.phase = Phase.DONE if over else Phase.TRAINING if self.is_member else Phase.FOLLOWING
 
     def _restore(self, journal: Iterable[tuple[str, object]]) -> None:

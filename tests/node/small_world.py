@@ -20,6 +20,7 @@ from farflung.aggregation.weights import parse_weights
 from farflung.compression import parse_codec
 from farflung.node.answers import Answers
 from farflung.node.audit import Audit
+from farflung.node.data import RoundView
 from farflung.node.flat import read_parameters, schema_of
 from farflung.node.mailbox import Mailbox
 from farflung.node.member import Member
@@ -181,7 +182,7 @@ class SmallWorld:
         index: int,
         model: nn.Module | None = None,
         secret: bytes = SECRET,
-        on_adopt: Callable[[int], None] | None = None,
+        on_adopt: Callable[[RoundView], None] | None = None,
     ) -> tuple[Swarm, nn.Module]:
         model = model if model is not None else self.make_model()
         return Swarm(self.member(index, model, secret), model, on_adopt), model
@@ -291,10 +292,10 @@ class Player(threading.Thread):
         finally:
             self.rested.set()
 
-    def _note(self, round_index: int) -> None:
+    def _note(self, view: RoundView) -> None:
         held_d = torch.empty(self.world.genesis.schema.numel)
         read_parameters(self.model, held_d)
-        self.adopted[round_index] = held_d
+        self.adopted[view.round_index] = held_d
 
     def rest(self, within_s: float = SLACK_S) -> None:
         """Wait until the training loop is over."""

@@ -9,8 +9,9 @@ import ssl
 import time
 
 import pytest
+from loopback import QUICK, RUN, Echo, Node
 
-from farflung.node.blobs import BlobExchange, MemoryBlob, MemoryBlobs, read_all
+from farflung.node.blobs import MemoryBlob, read_all
 from farflung.node.runtime import DIGEST_LIST, Holding, SystemClock
 from farflung.node.transport.addresses import announced, join_address, split_address, split_named
 from farflung.node.transport.flow import UploadCap
@@ -21,88 +22,8 @@ from farflung.protocol import limits
 from farflung.protocol import messages_pb2 as pb
 from farflung.protocol.blob import BlobRef
 from farflung.protocol.errors import ConfigError, PeerError
-from farflung.protocol.identity import Identity, PeerId
+from farflung.protocol.identity import PeerId
 from farflung.protocol.record import PeerRecord
-
-RUN = b"r" * 32
-QUICK = 5.0
-
-
-class Echo:
-    """A service that does what its test says; by default it accepts everything."""
-
-    def __init__(self) -> None:
-        self.envelopes: list[bytes] = []
-        self.known: list[bytes] = []
-        self.answer = self.accept
-        self.exchange: BlobExchange | None = None
-        self.closed = asyncio.Event()
-
-    async def accept(self) -> None:
-        pass
-
-    async def on_envelope(self, envelope):
-        self.envelopes.append(envelope)
-        await self.answer()
-
-    async def on_records(self, run_id, records):
-        return [*self.known, *records]
-
-    async def on_genesis(self, run_id):
-        return b"genesis"
-
-    async def on_chain(self, run_id, from_round):
-        return [b"certificate"] * 40, from_round + 40
-
-    async def on_snapshot(self, run_id):
-        return 7, BlobRef(b"d" * 32, 100, 1 << 14)
-
-    async def on_watch(self, run_id):
-        try:
-            yield [Holding(b"d" * 32, False, (1, 2, 300)), Holding(b"e" * 32, True, ())]
-            await asyncio.Event().wait()
-        finally:
-            self.closed.set()
-
-    async def on_fetch(self, run_id, digest, chunks):
-        async for item in self.exchange.on_fetch(run_id, digest, chunks):
-            yield item
-
-
-class Node:
-    """A transport, its service and its record."""
-
-    def __init__(self, seed: int = 1, **settings) -> None:
-        self.identity, self.service = Identity(bytes([seed]) * 32), Echo()
-        self.transport = GrpcTransport(RUN, **({"listen": "127.0.0.1:0"} | settings))
-        self.sink = MemoryBlobs()
-        self.exchange = BlobExchange(self.transport, SystemClock(), self.identity.peer_id, self.sink.partial)
-        self.service.exchange = self.exchange
-
-    async def __aenter__(self):
-        self.addresses = await self.transport.start(self.service)
-        self.record = self.make_record()
-        self.service.known = [self.record.encode()]
-        return self
-
-    async def __aexit__(self, *_):
-        await self.exchange.stop()
-        await self.transport.stop()
-
-    def make_record(self, issued_ms: int = 1, **changes) -> PeerRecord:
-        values = dict(
-            run_id=RUN,
-            public_key=self.identity.public_key,
-            addresses=self.addresses,
-            certificate_der=self.transport.certificate_der,
-            issued_ms=issued_ms,
-            lease_ms=1 << 50,
-        )
-        return PeerRecord(**(values | changes)).signed(self.identity)
-
-    @property
-    def port(self) -> int:
-        return split_address(self.addresses[0])[1]
 
 
 @pytest.mark.parametrize("tls", ["new", None])
@@ -176,9 +97,8 @@ def test_a_slow_answer_a_dead_peer_and_no_address_are_told_apart():
             with pytest.raises((ConnectionError, TimeoutError)):
                 await a.transport.deliver(b.record, b"x", deadline_s=1.0)
             with pytest.raises(ConnectionError, match="no address"):
-                await a.transport.deliver(Node(3).identity_record(), b"x", deadline_s=1.0)
+                await a.transport.deliver(PeerRecord(RUN, b"3" * 32, (), b"", 1, 1), b"x", deadline_s=1.0)
 
-    Node.identity_record = lambda node: PeerRecord(RUN, node.identity.public_key, (), b"", 1, 1)
     asyncio.run(main())
 
 
@@ -308,13 +228,12 @@ def test_an_address_that_is_silent_or_speaks_no_tls_is_given_up():
         async with Node(1) as a, Node(2, tls=None) as plain:
             with pytest.raises((PeerError, ConnectionError, TimeoutError)):
                 await a.transport.introduce(plain.addresses[0], RUN, deadline_s=2.0)
-            with socket.create_server(("127.0.0.1", 0)) as silent:
-                with pytest.raises(TimeoutError):
-                    await a.transport.introduce(f"127.0.0.1:{silent.getsockname()[1]}", RUN, deadline_s=0.3)
+            silent = socket.create_server(("127.0.0.1", 0))
+            port = silent.getsockname()[1]
+            with silent, pytest.raises(TimeoutError):
+                await a.transport.introduce(f"127.0.0.1:{port}", RUN, deadline_s=0.3)
             with pytest.raises(ConnectionError):
-                await fetch_certificate(
-                    "127.0.0.1", silent.getsockname()[1] if silent.fileno() > 0 else 1, deadline_s=1
-                )
+                await fetch_certificate("127.0.0.1", port, deadline_s=1.0)
 
     asyncio.run(main())
 
@@ -361,16 +280,15 @@ def test_the_upload_cap_is_kept_and_shared_fairly():
         async with Node(1, upload_bytes_per_s=cap) as origin, Node(2) as a, Node(3) as b:
             blob = MemoryBlob.of(os.urandom(48 * chunk), chunk)
             origin.exchange.offer(blob)
-            got = {2: 0, 3: 0}
+            got, arrivals = {2: 0, 3: 0}, []
 
             async def pull(node, seed):
                 async for _, data in node.transport.fetch(origin.record, blob.ref, range(48), idle_s=QUICK):
                     got[seed] += len(data)
+                    arrivals.append((time.monotonic(), len(data)))
 
-            tasks = [asyncio.create_task(pull(a, 2)), asyncio.create_task(pull(b, 3))]
-            started_s = time.monotonic()
-            await asyncio.gather(*tasks)
-            rate = sum(got.values()) / (time.monotonic() - started_s)
+            await asyncio.gather(pull(a, 2), pull(b, 3))
+            rate = sum(size for _, size in arrivals[1:]) / (arrivals[-1][0] - arrivals[0][0])
             assert 0.9 * cap < rate < 1.1 * cap
             assert got[2] == got[3] == 48 * chunk
 

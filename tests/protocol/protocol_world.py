@@ -39,7 +39,7 @@ from farflung.protocol.round import RoundMachine
 from farflung.protocol.schema import Schema, TensorSpec
 from farflung.protocol.statements import Announcement
 from farflung.protocol.waiting import why_waiting
-from farflung.protocol.wire import Message
+from farflung.protocol.wire import Message, Promise, Vote
 
 SECRET = b"open sesame, said the swarm"
 STATE_0 = hashlib.sha256(b"theta zero").digest()
@@ -155,7 +155,7 @@ class Peer:
         machine = self.machine
         if machine.round_index != round_index or machine.phase is not Phase.TRAINING:
             return None
-        data = b"payload %d of %s" % (round_index, self.peer_id.digest)
+        data = b"payload %d of %s, trained in life %d" % (round_index, self.peer_id.digest, self.generation)
         ref, _ = blob.describe(data)
         self.disk.blobs.add(ref.digest)
         bare = Announcement(self.identity.public_key, ref, 10, 100)
@@ -172,8 +172,10 @@ class Peer:
                 return
             match effect:
                 case Broadcast(slot, statement):
+                    world.check_said(self, slot, statement)
+                    audience = {*self.machine.parent.member_of, *self.machine.attendance.joins}
                     for other in world.peers:
-                        if other is not self:
+                        if other is not self and other.peer_id in audience:
                             world.send(self, other, slot, statement)
                 case Send(peer, slot, statement):
                     world.send(self, world.peer(peer), slot, statement)
@@ -238,8 +240,10 @@ class World:
         self.slow: dict[PeerId, Faults] = {}
         self.refusals: list[str] = []
         self.certified: dict[int, bytes] = {}
+        self.said: dict[tuple, dict] = {}
         self.crash_rate = 0.0
         self.cut: set[tuple[PeerId, PeerId]] = set()
+        self.lose: Callable[[Peer, Peer, object], bool] = lambda sender, to, statement: False
         identities = [make_identity(index) for index in range(members)]
         self.genesis = make_genesis(identities[0], start_members=members, **genesis_changes)
         first = certify_first(self.genesis, identities[0].sign)
@@ -267,7 +271,7 @@ class World:
         return self.crash_rate > 0 and self.random.random() < self.crash_rate
 
     def send(self, sender: Peer, to: Peer, slot, statement) -> None:
-        if (sender.peer_id, to.peer_id) in self.cut:
+        if (sender.peer_id, to.peer_id) in self.cut or self.lose(sender, to, statement):
             return
         public_key = sender.identity.public_key
         message = Message(sender.peer_id, public_key, slot.run_id, slot.round_index, slot.parent, statement)
@@ -286,6 +290,22 @@ class World:
     def check_stage(self, peer: Peer, manifest) -> None:
         held = peer.disk.blobs
         assert all(item.payload.digest in held for item in manifest.payloads), "staged without holding every payload"
+
+    def check_said(self, peer: Peer, slot, statement) -> None:
+        """An honest peer keeps its word over crashes: one payload a round, one vote a view, none before a promise."""
+        said = self.said.setdefault((peer.peer_id, slot), {"votes": {}, "promises": {}})
+        votes, promises = said["votes"], said["promises"]
+        match statement:
+            case Announcement():
+                assert said.setdefault("payload", statement) == statement, "two payloads in one round"
+            case Vote(view, manifest_digest, state_digest):
+                fresh, vote = view not in votes, (manifest_digest, state_digest)
+                assert votes.setdefault(view, vote) == vote, f"two votes in view {view}"
+                assert not fresh or view >= max(promises, default=0), f"a vote in view {view} after a promise"
+            case Promise(view, voted):
+                before = max((one for one in votes if one < view), default=-1)
+                assert (voted[0] if voted else -1) >= before, f"a promise of view {view} that hides a vote"
+                assert promises.setdefault(view, voted) == voted, f"two promises of view {view}"
 
     def applied(self, peer: Peer, certificate: Certificate) -> None:
         """The safety property: never two certified manifests for one round."""

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-import pytest
-from protocol_world import Faults, World
+from dataclasses import replace
+from itertools import pairwise
 
+import pytest
+from protocol_world import TIMING, Faults, World
+
+from farflung.protocol.statements import Announcement
 from farflung.protocol.waiting import why_waiting
+from farflung.protocol.wire import Proposal, Vote
 
 
 def started(world: World) -> World:
@@ -31,7 +36,7 @@ def test_one_member_alone_goes_on():
 def test_agreement_under_loss_doubling_reordering_and_crashes(seed):
     faults = Faults(loss=0.2, double=0.2, delay_s=(0.01, 1.5))
     world = World(seed, 2 + seed % 5, faults=faults)
-    world.crash_rate = 0.002
+    world.crash_rate = 0.01
     started(world)
     world.run_for(40.0)
     world.crash_rate = 0.0
@@ -63,6 +68,44 @@ def test_a_restarted_member_catches_up_and_is_counted_again():
     victim.gone = False
     world.run(world.everybody_past(12))
     assert victim.peer_id in {item.peer_id for item in world.peers[0].disk.chain[-1].manifest.payloads}
+
+
+def losing_first_copies(world: World, kinds: tuple[type, ...]) -> None:
+    """Whatever is said for the first time, from anybody to anybody, is lost."""
+    said: set[tuple] = set()
+
+    def lose(sender, to, statement) -> bool:
+        if not isinstance(statement, kinds):
+            return False
+        key = (sender.peer_id, to.peer_id, repr(statement))
+        fresh = key not in said
+        said.add(key)
+        return fresh
+
+    world.lose = lose
+
+
+@pytest.mark.parametrize("kind", [Announcement, Proposal, Vote])
+def test_what_was_lost_is_said_again(kind):
+    world = started(World(21, 3, quorum_percent=100, timing=replace(TIMING, deadline_floor_ms=20_000)))
+    losing_first_copies(world, (kind,))
+    world.run(world.everybody_past(10))
+    manifests = [certificate.manifest for certificate in world.peers[0].disk.chain]
+    trained = [item for before, item in pairwise(manifests) if before.started]
+    assert len(trained) >= 6
+    assert all(len(item.payloads) == 3 for item in trained), "nobody was left out for a lost message"
+
+
+def test_a_member_that_was_left_out_is_told_how_its_round_ended():
+    world = started(World(22, 4))
+    world.run(world.everybody_past(5))
+    victim, others = world.peers[3], world.peers[:3]
+    world.cut = {(a.peer_id, victim.peer_id) for a in others} | {(victim.peer_id, a.peer_id) for a in others}
+    victim.gone = True
+    world.run(lambda: victim.peer_id not in others[0].disk.chain[-1].manifest.member_of)
+    world.cut, victim.gone = set(), False
+    world.run(lambda: victim.peer_id in others[0].disk.chain[-1].manifest.member_of, limit_s=world.now_s + 60)
+    world.run(world.everybody_past(world.rounds(others[0]) + 2))
 
 
 def test_a_late_joiner_is_admitted_and_a_wrong_secret_is_not():
@@ -150,5 +193,6 @@ def test_a_run_ends_for_everybody_after_its_rounds():
     world = started(World(13, 4, rounds=9, faults=Faults(loss=0.2)))
     world.run(world.everybody_past(9))
     world.run_for(60.0)
-    assert {world.rounds(peer) for peer in world.peers} == {9}
+    assert {peer.disk.chain[-1].manifest.trained for peer in world.peers} == {9}
+    assert len({peer.disk.chain[-1].manifest.digest for peer in world.peers}) == 1
     assert all(why_waiting(peer.machine, world.now_s) == "the run is over" for peer in world.peers)

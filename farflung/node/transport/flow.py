@@ -8,6 +8,10 @@ from dataclasses import dataclass
 from farflung.node.runtime import Clock
 
 
+SLACK_S = 0.05
+"""What a busy event loop may be late without slowing an upload down."""
+
+
 @dataclass(slots=True)
 class Traffic:
     """Bytes of messages so far, framing not counted."""
@@ -22,7 +26,7 @@ class UploadCap:
     """A token bucket over everything a node uploads in bulk. None: no cap.
 
     Streams take turns chunk by chunk (asyncio.Lock is first come, first served), so each gets its fair share. A chunk
-    leaves when its bytes have been paid for; unused time is not saved up.
+    leaves when its bytes have been paid for; of unused time at most SLACK_S is saved up.
     """
 
     def __init__(self, bytes_per_s: float | None, clock: Clock) -> None:
@@ -38,7 +42,7 @@ class UploadCap:
         if self._bytes_per_s is None:
             return
         async with self._turn:
-            paid_at_s = max(self._free_at_s, self._clock.now_s()) + size / self._bytes_per_s
+            paid_at_s = max(self._free_at_s, self._clock.now_s() - SLACK_S) + size / self._bytes_per_s
             while (wait_s := paid_at_s - self._clock.now_s()) > 0:  # timers may fire a clock tick early
                 await asyncio.sleep(wait_s)
             self._free_at_s = paid_at_s

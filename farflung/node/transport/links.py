@@ -87,11 +87,19 @@ class Link:
         for address in addresses:
             try:
                 async with asyncio.timeout(deadline_s / len(addresses)):
-                    await self._open(address, "control").channel_ready()
-            except TimeoutError:
+                    await _connected(self._open(address, "control"))
+            except (TimeoutError, ConnectionError):
                 continue
             return address
         raise ConnectionError(f"peer {self.record.peer_id.short} answers at none of {', '.join(addresses)}")
+
+
+async def _connected(channel: grpc.aio.Channel) -> None:
+    """Return when the handshake is done. Raises ConnectionError when it fails; the channel itself would try on."""
+    while (state := channel.get_state(try_to_connect=True)) is not grpc.ChannelConnectivity.READY:
+        if state in (grpc.ChannelConnectivity.TRANSIENT_FAILURE, grpc.ChannelConnectivity.SHUTDOWN):
+            raise ConnectionError
+        await channel.wait_for_state_change(state)
 
 
 class Links:
