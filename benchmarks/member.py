@@ -96,7 +96,7 @@ def main() -> int:
     member = start_member(parse_invite(options["invite"]), model_of, settings)
     watch(member.node, events)
     events("opened", peer=member.node.me.short, pid=os.getpid())
-    with Swarm(member, parts["model"], lambda index: events("adopt", round=index)) as swarm:
+    with Swarm(member, parts["model"], lambda view: events("adopt", round=view.round_index)) as swarm:
         train(swarm, parts["task"], parts["model"], events, float(options.get("step_s", 0.0)))
     events("done")
     return 0

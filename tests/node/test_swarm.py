@@ -76,7 +76,8 @@ class Script:
         self.anchor.theta_d = theta_d.clone()
         self.round_index += 1
         me = PeerId(bytes(20))
-        self.mailbox.post(Adopt(RoundView(b"run", self.round_index, b"", me, (me,)), keep))
+        view = RoundView(b"run", self.round_index, b"", me, (me,), trained=self.round_index - 1)
+        self.mailbox.post(Adopt(view, keep))
 
     def local_result(self, result: LocalResult) -> None:
         self.results.append((result.round_index, result.delta_d.clone(), result.steps, result.tokens))

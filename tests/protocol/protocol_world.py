@@ -39,7 +39,7 @@ from farflung.protocol.round import RoundMachine
 from farflung.protocol.schema import Schema, TensorSpec
 from farflung.protocol.statements import Announcement
 from farflung.protocol.waiting import why_waiting
-from farflung.protocol.wire import Message, Promise, Vote
+from farflung.protocol.wire import Message, Promise, Proposal, Vote
 
 SECRET = b"open sesame, said the swarm"
 STATE_0 = hashlib.sha256(b"theta zero").digest()
@@ -172,6 +172,7 @@ class Peer:
                 return
             match effect:
                 case Broadcast(slot, statement):
+                    assert self.is_durable(statement), f"said before it was on disk: {statement}"
                     world.check_said(self, slot, statement)
                     audience = {*self.machine.parent.member_of, *self.machine.attendance.joins}
                     for other in world.peers:
@@ -201,6 +202,19 @@ class Peer:
 
     def _staged(self, manifest, state):
         return Staged(manifest.digest, state) if self.machine.staging == manifest.digest else None
+
+    def is_durable(self, statement) -> bool:
+        match statement:
+            case Announcement():
+                return ("own", statement) in self.disk.journal
+            case Promise():
+                return ("promise", statement) in self.disk.journal
+            case Proposal():
+                return ("proposal", statement) in self.disk.journal
+            case Vote(view, digest, state):
+                kept = [value for kind, value in self.disk.journal if kind == "vote"]
+                return any((at, manifest.digest, result) == (view, digest, state) for at, manifest, result in kept)
+        return True
 
     def _fetch(self, digest: bytes, delay_s: float) -> None:
         def arrive():

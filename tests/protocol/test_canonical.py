@@ -24,7 +24,7 @@ def decode(data: bytes):
     return decode_canonical(data, bytes_max=1 << 20)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=100)
 @given(VALUES)
 def test_a_value_comes_back_and_has_one_byte_string(value):
     data = encode_canonical(value)
@@ -33,7 +33,7 @@ def test_a_value_comes_back_and_has_one_byte_string(value):
     assert data.isascii()
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=120)
 @given(VALUES, st.randoms(use_true_random=False))
 def test_other_spellings_of_the_same_value_are_refused(value, random):
     data = encode_canonical(value)
@@ -43,7 +43,7 @@ def test_other_spellings_of_the_same_value_are_refused(value, random):
             decode(loose)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=120)
 @given(VALUES, st.integers(0, 1 << 16), st.binary(max_size=3))
 def test_whatever_is_accepted_is_canonical(value, at, junk):
     data = encode_canonical(value)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from farflung.node.runtime import Clock
 
-
 SLACK_S = 0.05
 """What a busy event loop may be late without slowing an upload down."""
 
