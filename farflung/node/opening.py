@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
-import socket
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
@@ -33,6 +33,7 @@ from farflung.node.recordbook import RecordBook
 from farflung.node.runtime import Clock, Directory, SystemClock, Transport
 from farflung.node.shell import Node, Parts
 from farflung.node.store import Home, RunStore
+from farflung.node.transport.addresses import take_port
 from farflung.node.transport.grpc import GrpcTransport
 from farflung.node.transport.tls import make_tls
 from farflung.protocol.errors import ConfigError, PeerError
@@ -115,7 +116,7 @@ async def open_node(
     answers = Answers(book, store, identity.peer_id, clock)
     addresses = await transport.start(answers)
     stack.push_async_callback(transport.stop)
-    _remember_port(store, addresses)
+    store.write_port(transport.port)
 
     def make_record(issued_ms: int, lease_ms: int) -> PeerRecord:
         return PeerRecord(
@@ -239,27 +240,10 @@ def _check_model(genesis: Genesis, model: nn.Module) -> None:
 
 
 def _listen_address(store: RunStore, wanted: str) -> str:
-    """`wanted`, with the port of last time in place of 0: members and invites remember it."""
+    """`wanted`, with the port of last time in place of 0, if it is free: records and invites remember it."""
     host, _, port = wanted.rpartition(":")
-    if not host or not port.isdecimal():
-        raise ConfigError(f"listen on host:port, for example 0.0.0.0:0, got {wanted!r}")
-    path = store.directory / "port"
-    if port == "0" and path.exists() and _is_free(host, saved := path.read_text(encoding="ascii").strip()):
-        return f"{host}:{saved}"
+    if port == "0" and store.port:
+        with contextlib.suppress(ConfigError):
+            take_port(f"{host}:{store.port}")
+            return f"{host}:{store.port}"
     return wanted
-
-
-def _is_free(host: str, port: str) -> bool:
-    """Whether the port of last time can be had again."""
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host.strip("[]"), int(port)))
-        except (OSError, ValueError, OverflowError):
-            return False
-    return True
-
-
-def _remember_port(store: RunStore, addresses: Sequence[str]) -> None:
-    if addresses:
-        (store.directory / "port").write_text(addresses[0].rpartition(":")[2], encoding="ascii")

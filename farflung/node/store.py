@@ -152,6 +152,18 @@ class RunStore:
         """Keep the invite; it may hold the join secret, so only its owner can read it."""
         replace_file(self.directory / "invite", text.encode(), mode=_PRIVATE)
 
+    @property
+    def port(self) -> int:
+        """The port listened on last time, which records and invites remember; 0: none yet."""
+        try:
+            return int(_read(self.directory / "port") or b"0")
+        except ValueError:
+            return 0
+
+    def write_port(self, port: int) -> None:
+        """Keep the port."""
+        replace_file(self.directory / "port", str(port).encode())
+
     def save_peers(self, records: Sequence[bytes]) -> None:
         """Keep encoded peer records: after a restart of everybody they are how members find each other."""
         text = json.dumps([record.decode("ascii") for record in records], indent=0)

@@ -7,7 +7,7 @@ import socket
 import psutil
 
 from farflung.protocol import limits
-from farflung.protocol.errors import PeerError
+from farflung.protocol.errors import ConfigError, PeerError
 from farflung.protocol.identity import PeerId
 
 _WILDCARDS = ("", "0.0.0.0", "::", "*")
@@ -66,3 +66,21 @@ def _route(family: socket.AddressFamily, target: str) -> str | None:
             return str(probe.getsockname()[0])
     except OSError:
         return None
+
+
+def take_port(listen: str) -> tuple[str, int]:
+    """Host and port of "host:port", with a port that is free right now where it is 0.
+
+    Raises ConfigError if the port is taken, or it is not such an address.
+    """
+    host, _, port = listen.rpartition(":")
+    if not host or not port.isdecimal() or int(port) > 65_535:
+        raise ConfigError(f"listen on host:port, for example 0.0.0.0:0, got {listen!r}")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host.strip("[]"), int(port)))
+        except OSError as error:
+            raise ConfigError(f"cannot listen there ({error.strerror}); choose another port or 0: {listen}") from None
+        return host, int(probe.getsockname()[1])

@@ -77,6 +77,8 @@ class GrpcTransport:
         self._cap = UploadCap(upload_bytes_per_s, clock or SystemClock())
         self._links = Links(tls=self._tls is not None)
         self._server: grpc.aio.Server | None = None
+        self.port = 0
+        """Where it listens, once started."""
         self._handlers: Handlers
 
     async def start(self, service: Service) -> tuple[str, ...]:
