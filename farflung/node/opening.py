@@ -7,7 +7,7 @@ import contextlib
 import logging
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +30,7 @@ from farflung.node.flat import read_parameters, schema_of
 from farflung.node.mailbox import Mailbox
 from farflung.node.peers import Peers
 from farflung.node.recordbook import RecordBook
-from farflung.node.runtime import Clock, Directory, SystemClock, Transport
+from farflung.node.runtime import Directory, SystemClock, Transport
 from farflung.node.shell import Node, Parts
 from farflung.node.store import Home, RunStore
 from farflung.node.transport.addresses import take_port
@@ -104,54 +104,11 @@ async def open_node(
     Raises ConfigError, in words for the user, for a dead invite, a taken port, a model that is not the run's, ...
     """
     identity, clock = home.identity, SystemClock()
-    transport = GrpcTransport(
-        run_id=invite.run_id,
-        listen=_listen_address(store, settings.listen),
-        announce=settings.announce,
-        tls=home.tls(make_tls) if settings.tls else None,
-        upload_bytes_per_s=None if settings.upload_mbit is None else settings.upload_mbit * 1e6 / 8,
-        clock=clock,
-    )
     book = RecordBook(invite.run_id)
     answers = Answers(book, store, identity.peer_id, clock)
-    addresses = await transport.start(answers)
-    stack.push_async_callback(transport.stop)
-    store.write_port(transport.port)
-
-    def make_record(issued_ms: int, lease_ms: int) -> PeerRecord:
-        return PeerRecord(
-            run_id=invite.run_id,
-            public_key=identity.public_key,
-            addresses=addresses,
-            certificate_der=transport.certificate_der,
-            issued_ms=issued_ms,
-            lease_ms=lease_ms,
-            name=settings.name,
-            version=__version__,
-            upload_bytes_per_s=int((settings.upload_mbit or 0) * 1e6 / 8),
-        )
-
-    known = store.certificates.next_round > 0
-    saved = store.load_peers()
-    directories: list[Directory] = []
-    if settings.discovery != "dht":
-        directories.append(
-            Rendezvous(
-                transport,
-                book,
-                identity.peer_id,
-                clock=clock,
-                rng=random.Random(identity.peer_id.digest),
-                addresses=addresses,
-                bootstrap=invite.addresses,
-                saved=saved,
-                alone_ok=known,
-            )
-        )
-    if settings.discovery != "rendezvous":
-        directories.append(_dht(book, clock, store, invite.dht, settings))
-    directory = Combined(directories, book, clock)
-    peers = Peers(identity, book, directory, clock, make_record, store.save_peers)
+    transport = await _listen(stack, answers, home, store, invite, settings)
+    directory = _directory(transport, book, home, store, invite, settings)
+    peers = Peers(identity, book, directory, clock, _record_maker(transport, home, invite, settings), store.save_peers)
     peers.publish_own()
     doors = await directory.start()
     stack.push_async_callback(directory.stop)
@@ -166,7 +123,6 @@ async def open_node(
     anchor = make_anchor(genesis, model, threads=settings.threads)
     exchange = BlobExchange(transport, clock, identity.peer_id, store.partial)
     stack.push_async_callback(exchange.stop)
-    answers.exchange = exchange
     audit = Audit(identity.peer_id, clock, transport, store.rounds.append)
     fresh = Invite(
         invite.run_id,
@@ -178,9 +134,70 @@ async def open_node(
     parts = Parts(
         genesis, identity, invite.secret, store, transport, exchange, peers, anchor, clock, mailbox, audit, str(fresh)
     )
-    node = Node(parts)
-    answers.node = node
-    return node
+    answers.node, answers.exchange = Node(parts), exchange
+    return answers.node
+
+
+async def _listen(
+    stack: AsyncExitStack, answers: Answers, home: Home, store: RunStore, invite: Invite, settings: JoinSettings
+) -> GrpcTransport:
+    transport = GrpcTransport(
+        run_id=invite.run_id,
+        listen=_listen_address(store, settings.listen),
+        announce=settings.announce,
+        tls=home.tls(make_tls) if settings.tls else None,
+        upload_bytes_per_s=None if settings.upload_mbit is None else settings.upload_mbit * 1e6 / 8,
+        clock=SystemClock(),
+    )
+    await transport.start(answers)
+    stack.push_async_callback(transport.stop)
+    store.write_port(transport.port)
+    return transport
+
+
+def _record_maker(
+    transport: GrpcTransport, home: Home, invite: Invite, settings: JoinSettings
+) -> Callable[[int, int], PeerRecord]:
+    def make_record(issued_ms: int, lease_ms: int) -> PeerRecord:
+        return PeerRecord(
+            run_id=invite.run_id,
+            public_key=home.identity.public_key,
+            addresses=transport.addresses,
+            certificate_der=transport.certificate_der,
+            issued_ms=issued_ms,
+            lease_ms=lease_ms,
+            name=settings.name,
+            version=__version__,
+            upload_bytes_per_s=int((settings.upload_mbit or 0) * 1e6 / 8),
+        )
+
+    return make_record
+
+
+def _directory(
+    transport: GrpcTransport, book: RecordBook, home: Home, store: RunStore, invite: Invite, settings: JoinSettings
+) -> Combined:
+    """The ways of finding members that the user wants, as one."""
+    clock, me = SystemClock(), home.identity.peer_id
+    directories: list[Directory] = []
+    if settings.discovery != "dht":
+        rendezvous = Rendezvous(
+            transport,
+            book,
+            me,
+            clock=clock,
+            rng=random.Random(me.digest),
+            addresses=transport.addresses,
+            bootstrap=invite.addresses,
+            saved=store.load_peers(),
+            alone_ok=store.certificates.next_round > 0,
+        )
+        directories.append(rendezvous)
+    if settings.discovery != "rendezvous":
+        hosts = host_maddrs(settings.listen.rpartition(":")[0])
+        key = store.directory / "dht.key"
+        directories.append(HivemindDirectory(book, clock, listen=hosts, bootstrap=invite.dht, identity=key))
+    return Combined(directories, book, clock)
 
 
 def make_anchor(genesis: Genesis, model: nn.Module, *, threads: int = 1) -> Anchor:
@@ -197,15 +214,6 @@ def make_anchor(genesis: Genesis, model: nn.Module, *, threads: int = 1) -> Anch
         theta_d=theta_d,
         shared=codec.init(genesis.schema)[1],
         threads=threads,
-    )
-
-
-def _dht(
-    book: RecordBook, clock: Clock, store: RunStore, bootstrap: Sequence[str], settings: JoinSettings
-) -> HivemindDirectory:
-    host = settings.listen.rpartition(":")[0]
-    return HivemindDirectory(
-        book, clock, listen=host_maddrs(host), bootstrap=bootstrap, identity=store.directory / "dht.key"
     )
 
 

@@ -513,18 +513,20 @@ def test_a_flipped_byte_in_the_anchor_is_found_in_the_same_round_and_healed(tmp_
         assert {(record.peer, record.round) for record in healed} == {(sick.me.short, round_index)}
         gate.open.clear()
         everybody_trains(players)
-        assert all(certified_state_is_held(player) for player in players)
+        eventually(lambda: all(certified_state_is_held(player) for player in players), "healed")
         same_states(world, 0, 1, 2)
         gate.open.set()
 
 
 def everybody_trains(players: list[Player]) -> None:
     """All in one round, at the gate: nothing moves until it opens."""
-    machines = [player.node.machine for player in players]
-    eventually(
-        lambda: all(m.phase is Phase.TRAINING for m in machines) and len({m.round_index for m in machines}) == 1,
-        "all at the gate",
-    )
+
+    def at_the_gate() -> bool:
+        nodes = [player.node for player in players]
+        rounds = {node.machine.round_index for node in nodes} | {node.anchor.round_index + 1 for node in nodes}
+        return len(rounds) == 1 and all(node.machine.phase is Phase.TRAINING for node in nodes)
+
+    eventually(at_the_gate, "all at the gate")
 
 
 def test_a_snapshot_of_a_damaged_anchor_is_not_what_heals_it(tmp_path, caplog):

@@ -79,6 +79,8 @@ class GrpcTransport:
         self._server: grpc.aio.Server | None = None
         self.port = 0
         """Where it listens, once started."""
+        self.addresses: tuple[str, ...] = ()
+        """What to announce, once started."""
         self._handlers: Handlers
 
     async def start(self, service: Service) -> tuple[str, ...]:
@@ -95,7 +97,8 @@ class GrpcTransport:
             raise ConfigError(f"cannot listen on {self._listen}: in use or not ours; choose another with --listen")
         await server.start()
         self._server, self._handlers = server, handlers
-        return announced(self._listen_host, port, self._announce)
+        self.addresses = announced(self._listen_host, port, self._announce)
+        return self.addresses
 
     def _bind(self, server: grpc.aio.Server) -> int:
         if self._tls is None:
