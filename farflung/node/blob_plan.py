@@ -12,7 +12,6 @@ from collections.abc import Iterable, Iterator
 
 from farflung.node.blob_state import (
     ALL,
-    FIRST_PATIENCE_S,
     PATIENCE_S_MAX,
     PATIENCE_S_MIN,
     Call,
@@ -266,7 +265,7 @@ class Plan:
 
     def _late_by_s(self, call: Call, helper_s: float | None) -> float:
         usual_s = self.peers[call.peer].chunk_s(call.download.ref.chunk_bytes)
-        patience_s = FIRST_PATIENCE_S if usual_s is None else max(2 * PATIENCE_S_MIN, 4 * usual_s)
+        patience_s = call.download.first_patience_s if usual_s is None else max(2 * PATIENCE_S_MIN, 4 * usual_s)
         if helper_s is not None and (usual_s is None or usual_s > 4 * helper_s):
             patience_s = min(patience_s, max(PATIENCE_S_MIN, 4 * helper_s))
         return call.last_s + min(patience_s, PATIENCE_S_MAX)

@@ -22,8 +22,10 @@ CALL_S_MIN, CALL_S_MAX = 0.05, 1.0
 PATIENCE_S_MIN, PATIENCE_S_MAX = 0.25, 30.0
 """A download or call is stalled after four times its usual interval, within these."""
 
-FIRST_PATIENCE_S = 10.0
-"""The same, before anything is known of an origin's speed: seven members share 10 Mbit/s in 1 MiB chunks in 6 s."""
+FIRST_PATIENCE_S_MIN, FIRST_PATIENCE_S_MAX = 0.5, 10.0
+FIRST_BYTES_PER_S = 125_000
+"""The same, before anything is known of an origin's speed: as long as all its chunks in flight take at 1 Mbit/s. A
+member that has just come back does not fetch its stripe yet, and small payloads must not wait for it."""
 
 ALL = -1
 
@@ -144,10 +146,16 @@ class Download:
         self._longest_gap_s = max(gap_s, 0.9 * self._longest_gap_s)
 
     @property
+    def first_patience_s(self) -> float:
+        """Patience before any chunk has come."""
+        in_flight = max(1, len(self.stripes)) * min(self.ref.chunk_bytes, self.ref.size)
+        return min(max(in_flight / FIRST_BYTES_PER_S, FIRST_PATIENCE_S_MIN), FIRST_PATIENCE_S_MAX)
+
+    @property
     def patience_s(self) -> float:
         """After this long without a fresh chunk the origin is idle, or somebody does not fetch its stripe."""
         if not self._longest_gap_s:
-            return FIRST_PATIENCE_S
+            return self.first_patience_s
         return min(max(4 * self._gap_s, 1.5 * self._longest_gap_s, PATIENCE_S_MIN), PATIENCE_S_MAX)
 
     def stalled(self, now_s: float) -> int:

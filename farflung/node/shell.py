@@ -292,7 +292,9 @@ class Node:
             self.local.welcome(machine)
         over = machine.phase is Phase.DONE and not machine.behind
         alone = machine.parent.member_of.keys() == {self.me}  # nobody is there to be told, or to release me
-        if over or (machine.leaving and (alone or not machine.is_member)):
+        ending = machine.certificate  # known, perhaps not applied: those who stay need not serve a leaver any more
+        released = not machine.is_member or (ending is not None and self.me not in ending.manifest.member_of)
+        if over or (machine.leaving and (alone or released)):
             self._left.set()
         self.local.hurry(machine)
 

@@ -7,6 +7,7 @@ import json
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,18 @@ class Net:
         self.lost: Callable[[str, str], bool] = lambda source, target: False
 
 
+def hand_over(done: asyncio.Future, future: Future[Any]) -> None:
+    """One loop's result to another's waiter, who may have gone."""
+    if not future.set_running_or_notify_cancel():
+        return
+    if done.cancelled():
+        future.set_exception(ConnectionError("left while answering"))
+    elif (error := done.exception()) is not None:
+        future.set_exception(error)
+    else:
+        future.set_result(done.result())
+
+
 class FakeTransport:
     certificate_der = b""
 
@@ -71,8 +84,17 @@ class FakeTransport:
         if entry is None or self.net.lost(self.address, to.addresses[0]):
             raise ConnectionError("not there")
         service, loop = entry
+        future: Future[Any] = Future()
+
+        def start() -> None:
+            if self.net.up.get(to.addresses[0]) is not entry:  # its loop is about to close
+                future.set_exception(ConnectionError("just left"))
+                return
+            task = asyncio.ensure_future(call(service))
+            task.add_done_callback(lambda done: hand_over(done, future))
+
         try:
-            future = asyncio.run_coroutine_threadsafe(call(service), loop)
+            loop.call_soon_threadsafe(start)
         except RuntimeError:
             raise ConnectionError("just left") from None
         try:
