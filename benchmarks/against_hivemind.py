@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import queue
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,7 +35,7 @@ PEERS = 4
 DROPPED = 2
 """Rounds at the start that do not count: connections open, kernels compile, pages are touched."""
 
-OPEN_S, ROUND_S = 120.0, 180.0
+ROUND_S = 60.0
 
 
 class Peer:
@@ -45,32 +47,45 @@ class Peer:
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log.open("w"), text=True, bufsize=1
         )
+        self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        threading.Thread(target=self._read, daemon=True).start()
 
     def tell(self, text: str) -> None:
         assert self.process.stdin is not None
         self.process.stdin.write(text + "\n")
         self.process.stdin.flush()
 
-    def answer(self) -> dict[str, Any]:
-        """The next JSON line; other lines (libraries print) are passed over. Raises RuntimeError if the peer ended."""
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
+    def answer(self, seconds: float = ROUND_S) -> dict[str, Any]:
+        """The next JSON line; other lines (libraries print) are passed over. Raises RuntimeError if none comes."""
+        end_s = time.monotonic() + seconds
+        while (left_s := end_s - time.monotonic()) > 0:
+            try:
+                line = self._lines.get(timeout=left_s)
+            except queue.Empty:
+                break
+            if line is None:
+                raise RuntimeError(f"a peer ended: {self.log.read_text()[-2000:]}")
             if line.startswith("{"):
                 return json.loads(line)
-        raise RuntimeError(f"a peer ended: {self.log.read_text()[-2000:]}")
+        raise RuntimeError(f"a peer did not answer within {seconds:.0f} s: {self.log.read_text()[-1000:]}")
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self._lines.put(line)
+        self._lines.put(None)
 
     def close(self) -> None:
         assert self.process.stdin is not None
         self.process.stdin.close()
         try:
-            self.process.wait(20)
+            self.process.wait(8)
         except subprocess.TimeoutExpired:
-            self.process.terminate()
-            try:
-                self.process.wait(5)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-                self.process.wait()
+            family = [*psutil.Process(self.process.pid).children(recursive=True), self.process]  # averager, DHT, p2pd
+            for one in family:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    one.kill()
+            self.process.wait()
 
 
 def cpu_s(peers: Sequence[Peer]) -> float:
@@ -164,6 +179,7 @@ def summarise(system: str, codec: str, params: int, results: list[dict[str, Any]
         "CPU s": statistics.median(result["cpu_s"] for result in counted),
         "averaged": statistics.mean(answer["averaged"] for answer in answers),
         "averaged (worst)": min(answer["averaged"] for answer in answers),
+        "not touched": statistics.mean(answer["own"] for answer in answers),
         "largest error": max(answer["error"] for answer in answers),
     }
     if "matchmaking_s" in answers[0]:
@@ -198,7 +214,9 @@ def main() -> None:
     parser = arguments(__doc__ or "")
     parser.add_argument("--params", type=float, nargs="+", default=[10.0], help="millions of parameters")
     parser.add_argument("--rounds", type=int, default=8, help=f"per cell; the first {DROPPED} do not count")
-    parser.add_argument("--hivemind", nargs="*", default=["fp32", "fp16", "uniform8", "blockwise8"])
+    parser.add_argument(
+        "--hivemind", nargs="*", default=["fp32", "fp16", "uniform8"], help="also blockwise8, which needs bitsandbytes"
+    )
     parser.add_argument("--farflung", nargs="*", default=["fp32", "bf16", "int8"])
     parser.add_argument("--matchmaking-s", type=float, default=1.0, help="hivemind's min_matchmaking_time")
     parser.add_argument(

@@ -41,16 +41,19 @@ def fill(out_d: torch.Tensor, peer: int, round_index: int) -> None:
         part.copy_(noise[cut : cut + len(part)])
 
 
-def judge(got_d: torch.Tensor, round_index: int) -> dict[str, float]:
-    """The fraction of entries that are averaged, and the largest error among those."""
+def judge(got_d: torch.Tensor, peer: int, round_index: int) -> dict[str, float]:
+    """The fraction of entries that are averaged, and that are this peer's own still; the largest error of the first."""
     began_cpu_s = time.process_time()
     mean_d, one_d = torch.zeros_like(got_d), torch.empty_like(got_d)
-    for peer in range(len(LEVELS)):
-        fill(one_d, peer, round_index)
+    for other in range(len(LEVELS)):
+        fill(one_d, other, round_index)
         mean_d += one_d
+    fill(one_d, peer, round_index)
+    own = one_d.sub_(got_d).abs_() <= 1e-3
     error_d = mean_d.div_(len(LEVELS)).sub_(got_d).abs_()
     fine = error_d <= TOLERANCE
     return {
+        "own": float(own.float().mean(dtype=torch.float64)),
         "averaged": float(fine.float().mean(dtype=torch.float64)),
         "error": float(error_d[fine].max()) if fine.any() else float("nan"),
         "judge_cpu_s": time.process_time() - began_cpu_s,
@@ -72,7 +75,7 @@ def serve(options: dict[str, Any], vector_d: Callable[[], torch.Tensor], average
         began_s = time.monotonic()
         result = average()
         took_s = time.monotonic() - began_s
-        say(took_s=took_s, ended=began_s + took_s, **judge(vector_d(), int(number)), **result)
+        say(took_s=took_s, ended=began_s + took_s, **judge(vector_d(), options["peer"], int(number)), **result)
 
 
 def hivemind_peer(options: dict[str, Any]) -> None:
@@ -137,7 +140,7 @@ def hivemind_peer(options: dict[str, Any]) -> None:
         began_s = time.monotonic()
         result = average()
         took_s = result["matchmaking_s"] + result["transfer_s"]
-        say(took_s=took_s, ended=began_s + took_s, **judge(flat_d, int(number)), **result)
+        say(took_s=took_s, ended=began_s + took_s, **judge(flat_d, options["peer"], int(number)), **result)
     averager.shutdown()
     dht.shutdown()
 

@@ -61,7 +61,7 @@ class RunFile:
     start_members: int = 1
     """Training starts when this many are there."""
 
-    quorum_percent: int = 67
+    quorum_percent: int = 66
     """Share of members whose updates start the grace window."""
 
     snapshot_rounds: int = 5

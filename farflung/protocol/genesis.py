@@ -105,7 +105,7 @@ class Genesis:
     start_members: int = 1
     """Training starts once this many members have been admitted, and then never waits for them again."""
 
-    quorum_percent: int = 67
+    quorum_percent: int = 66
     """Share of the members whose payloads start the grace window."""
 
     snapshot_rounds: int = 5

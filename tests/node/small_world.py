@@ -88,7 +88,8 @@ class FakeTransport:
 
         def start() -> None:
             if self.net.up.get(to.addresses[0]) is not entry:  # its loop is about to close
-                future.set_exception(ConnectionError("just left"))
+                if future.set_running_or_notify_cancel():
+                    future.set_exception(ConnectionError("just left"))
                 return
             task = asyncio.ensure_future(call(service))
             task.add_done_callback(lambda done: hand_over(done, future))
