@@ -16,7 +16,13 @@ def run(*command: str | Path, cwd: Path, within_s: float = 600.0) -> str:
     print("+", *command, flush=True)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(
-        [str(part) for part in command], cwd=cwd, env=environment, text=True, capture_output=True, timeout=within_s
+        [str(part) for part in command],
+        check=False,
+        cwd=cwd,
+        env=environment,
+        text=True,
+        capture_output=True,
+        timeout=within_s,
     )
     if done.returncode:
         sys.exit(f"failed with {done.returncode}:\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}")

@@ -46,7 +46,12 @@ def test_a_member_that_dies_ends_the_demo_with_its_last_words(tmp_path, monkeypa
 
 def test_states_that_differ_in_any_round_are_a_failure():
     def entry(index: int, state: str) -> dict:
-        return {"round": index, "trained": index, "state": state, "payloads": {"a": {"tokens": 10, "bytes": 1, "steps": 5}}}
+        return {
+            "round": index,
+            "trained": index,
+            "state": state,
+            "payloads": {"a": {"tokens": 10, "bytes": 1, "steps": 5}},
+        }
 
     good = [entry(1, "x"), entry(2, "y")]
     assert compare_logs([good, good], 2).equal
