@@ -239,7 +239,7 @@ def demo(
     width: int = 64,
     context: int = 64,
     batch: int = 16,
-    lr: float = 2e-3,
+    lr: float = 4e-3,
     kill: Annotated[bool, Switch] = False,
     baseline: Annotated[bool, Switch] = False,
     plain: Annotated[bool, Switch] = False,

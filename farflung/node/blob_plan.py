@@ -238,7 +238,7 @@ class Plan:
             return True
         if not stalled and not self._is_down(owner):
             return False
-        standing = sorted(other for other in download.stripes if other != owner and not self._is_down(other))
+        standing = sorted(other for other in download.sharing if other != owner and not self._is_down(other))
         salt = int.from_bytes(download.ref.digest[8:16], "big")
         return bool(standing) and standing[mix(index, salt) % len(standing)] == self.me
 

@@ -139,6 +139,11 @@ class Download:
             listed.setdefault(owner, []).append(index)
         self.stripes = {owner: mask_of(indices, self.ref.chunks) for owner, indices in listed.items()}
 
+    @property
+    def sharing(self) -> tuple[PeerId, ...]:
+        """Everybody among whom the chunks are shared out, also those whose share of a small blob is none."""
+        return tuple(peer for peer, _ in self._members)
+
     def fresh(self, now_s: float) -> None:
         """A chunk that only the origin held is somewhere else now."""
         gap_s, self._fresh_s, self.moved_s = now_s - self._fresh_s, now_s, now_s

@@ -37,7 +37,7 @@ class DemoSettings:
     width: int = 64
     context: int = 64
     batch: int = 16
-    lr: float = 2e-3
+    lr: float = 4e-3
     kill: bool = False
     baseline: bool = False
     plain: bool = False

@@ -319,16 +319,15 @@ class Node:
 
     async def _get_payload(self, announcement: Announcement, ref: BlobRef) -> None:
         peer, round_index = announcement.peer_id, self._round
-        source = self.store.blob(ref.digest)
-        if source is None:
+        if self.store.blob(ref.digest) is None:
             await self.parts.exchange.fetch(ref, origin=peer, peers=self.parts.peers.members)
-            source = self.store.blob(ref.digest)
-            if source is None:
-                raise LocalError(f"a fetched payload is not on disk: {ref.short}")
-        self.parts.exchange.offer(source)
+        held = self.store.blob(ref.digest)
+        if held is None:
+            raise LocalError(f"a fetched payload is not on disk: {ref.short}")
+        self.parts.exchange.offer(held)
         codec, schema = self.anchor.codec, self.anchor.schema
         try:
-            await self._in_thread(codec.check, bytes(source.map()), schema, self.anchor.shared, round_index)
+            await self._in_thread(lambda: codec.check(bytes(held.map()), schema, self.anchor.shared, round_index))
         except PeerError as error:
             self.parts.audit.refused(peer.short, f"payload {ref.short}: {error.why}", round_index=round_index)
             await self._inbox.put(Refused(ref.digest, error.why))

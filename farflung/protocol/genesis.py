@@ -26,7 +26,7 @@ class Timing:
     grace_ms: int = 5_000
     """After a quorum of payloads has arrived the proposer waits this long for the others."""
 
-    deadline_floor_ms: int = 2_000
+    deadline_floor_ms: int = 10_000
     """A round's adaptive deadline (median + deadline_mads x MAD of recent rounds) is never shorter."""
 
     deadline_ceiling_ms: int = 600_000

@@ -273,7 +273,7 @@ class RoundMachine:
         self._count_votes()
         if self.certificate is None:
             if self.ballot.votes_here:
-                self._propose()
+                self._propose(now_s)
                 self._time_out(now_s)
             self._support()
             self._count_votes()
@@ -289,7 +289,7 @@ class RoundMachine:
     def _certified(self, certificate: Certificate) -> None:
         self.certificate, self.phase, self.view_ends_s = certificate, Phase.APPLYING, math.inf
 
-    def _propose(self) -> None:
+    def _propose(self, now_s: float) -> None:
         view = self.ballot.view
         mine = self.ballot.proposer(view) == self.me.peer_id
         if not mine or view in self.ballot.proposals or (view > 0 and not self.ballot.has_promises(view)):
@@ -300,6 +300,7 @@ class RoundMachine:
                 return
             manifest = self.attendance.draft(self.me.peer_id)
         self.ballot.proposals[view] = manifest
+        self.view_ends_s = now_s + self.pace.view_s(view)
         self._out += [Persist("proposal", Proposal(view, manifest)), Broadcast(self.slot, Proposal(view, manifest))]
 
     def _time_out(self, now_s: float) -> None:
@@ -317,13 +318,14 @@ class RoundMachine:
             self.view_ends_s = now_s + self.pace.view_s(target)
             self._out += [Persist("promise", promise), Broadcast(self.slot, promise)]
             self._out.append(Note(f"view {target}: now {self.ballot.proposer(target).short} proposes"))
-            self._propose()
+            self._propose(now_s)
 
     def _support(self) -> None:
         """Apply the latest proposal on trial, and vote for it if I may. Followers only apply: it saves time later."""
         ballot = self.ballot
         views = [view for view in ballot.proposals if ballot.may_vote(view) or not ballot.votes_here]
         if not views:
+            self._foresee()
             return
         view = max(views)
         manifest = ballot.proposals[view]
@@ -333,6 +335,11 @@ class RoundMachine:
             vote = ballot.signed_vote(self.me.sign)
             ballot.hear_vote(self.me.peer_id, vote)
             self._out += [Persist("vote", (view, manifest, state_digest)), Broadcast(self.slot, vote)]
+
+    def _foresee(self) -> None:
+        """Everybody has spoken, so what will be proposed is known: apply it on trial while the proposal travels."""
+        if not self.ballot.proposals and self.ballot.view == 0 and self.attendance.spoken_s is not None:
+            self._trial(self.attendance.draft(self.ballot.proposer(0)))
 
     def _trial(self, manifest: Manifest) -> bytes | None:
         """The state `manifest` gives, or None while what that takes is being fetched and computed."""
