@@ -115,7 +115,7 @@ async def open_node(
     await peers.start()
     stack.push_async_callback(peers.stop)
 
-    genesis = await _find_genesis(store, peers, transport, invite.run_id)
+    genesis = await _find_genesis(store, peers, transport, directory, invite.run_id)
     model = model_of(genesis)
     _check_model(genesis, model)
     if invite.secret and genesis.secret_digest and not genesis.admits(invite.secret):
@@ -217,7 +217,9 @@ def make_anchor(genesis: Genesis, model: nn.Module, *, threads: int = 1) -> Anch
     )
 
 
-async def _find_genesis(store: RunStore, peers: Peers, transport: Transport, run_id: bytes) -> Genesis:
+async def _find_genesis(
+    store: RunStore, peers: Peers, transport: Transport, directory: Combined, run_id: bytes
+) -> Genesis:
     """From disk, or from any member; its hash is the run id, so it does not matter who gives it."""
     if (data := store.genesis) is not None:
         return decode_genesis(data, run_id)
@@ -237,8 +239,11 @@ async def _find_genesis(store: RunStore, peers: Peers, transport: Transport, run
             except (PeerError, TimeoutError, ConnectionError) as error:
                 tried[record.peer_id.short] = str(error) or type(error).__name__
         await asyncio.sleep(RETRY_S)
-    reasons = "; ".join(f"{name}: {why}" for name, why in tried.items()) or "no member was found"
-    raise ConfigError(f"the run's settings could not be fetched ({reasons}). Ask a member whether the run is alive")
+    reasons = "; ".join(f"{name}: {why}" for name, why in (tried or directory.problems).items())
+    raise ConfigError(
+        f"no member gave the run's settings within {FIND_S:.0f} s ({reasons or 'no member was found'}). "
+        "Ask a member whether the run is alive, or for a new invite (farflung invite --refresh)"
+    )
 
 
 def _check_model(genesis: Genesis, model: nn.Module) -> None:
