@@ -304,18 +304,16 @@ class RoundMachine:
         self._out += [Persist("proposal", Proposal(view, manifest)), Broadcast(self.slot, Proposal(view, manifest))]
 
     def _time_out(self, now_s: float) -> None:
-        """Move to the next view when mine took too long, or to one in which others wait while I wait as well."""
+        """Move to the next view when mine took too long, or to one in which somebody waits already."""
         view = self.ballot.view
         target = view + 1 if now_s >= self.view_ends_s else view
-        for ahead in sorted(self.ballot.promises):
-            others = self.ballot.promises[ahead].keys() - {self.me.peer_id}
-            late = self.attendance.closed_s is not None or 2 * len(others) >= len(self.ballot.order)
-            if ahead > target and others and late:
-                target = ahead
+        # Whoever waits in a later view has closed the round by what it measured; deadlines differ, following is safe.
+        target = max([target, *self.ballot.promises])
         if target > view:
             promise = self.ballot.enter_view(target)
             self.ballot.hear_promise(self.me.peer_id, promise)
-            self.view_ends_s = now_s + self.pace.view_s(target)
+            closed = self.attendance.closed_s is not None
+            self.view_ends_s = now_s + self.pace.view_s(target) if closed else math.inf
             self._out += [Persist("promise", promise), Broadcast(self.slot, promise)]
             self._out.append(Note(f"view {target}: now {self.ballot.proposer(target).short} proposes"))
             self._propose(now_s)
