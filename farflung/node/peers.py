@@ -88,14 +88,6 @@ class Peers:
             await self._found.wait_for(lambda: bool(self.others()))
         return self.others()
 
-    def on_records(self, run_id: bytes, records: Sequence[bytes]) -> list[bytes]:
-        """The node's answer to a caller's records. Raises PeerError."""
-        if run_id != self.book.run_id:
-            raise PeerError("?", f"records of another run: {run_id.hex()[:8]}")
-        now_ms = self._clock.unix_ms()
-        self.book.merge(records, now_ms)
-        return self.book.encoded(now_ms, first=self.me)
-
     async def _keep_fresh(self) -> None:
         publish_at_s, saved = 0.0, list[bytes]()
         while True:
