@@ -1,0 +1,256 @@
+"""A scenario: one question to the simulator, as values. `scenario_file.py` reads them from TOML; presets are in `presets/`.
+
+Every setting is used by at least one fidelity, and refused (`ConfigError`) where it would change nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from farflung.protocol.errors import ConfigError
+from farflung.sim.draw import Draw
+
+FIDELITIES = ("timing", "training")
+EXCHANGES = ("gather", "star", "ring", "butterfly")
+QUEUES = ("fq", "fifo")
+CHURNS = ("weibull", "lognormal", "exponential", "diurnal", "trace")
+FAULTS = ("crash", "leave", "partition", "slow_disk", "clock_skew", "link", "straggle")
+ATTACKS = ("sign_flip", "noise", "garbage", "straggle", "equivocate", "starve")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the swarm agrees on: the genesis, in short. Specs are parsed by the rooms that own them."""
+
+    codec: str = "ef(1)|q2"
+    rule: str = "mean"
+    outer: str = "nesterov(lr=0.7,momentum=0.6)"
+    weights: str = "uniform"
+    inner_steps: int = 100
+    """H: local steps of a round."""
+
+    exchange: str = "gather"
+    """gather; and in timing-only fidelity also the classical star, ring and butterfly, to compare with."""
+
+    grace_s: float = 5.0
+    """How long a round stays open after a quorum has spoken."""
+
+    quorum_percent: int = 66
+    deadline_floor_s: float = 10.0
+    deadline_ceiling_s: float = 600.0
+    snapshot_rounds: int = 10
+    """Every so many rounds a member writes its state to disk, for joiners and restarts."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is trained, or how big it would be."""
+
+    params: float = 0.0
+    """Parameters that time and bytes are charged for. Timing only: required, any size. Training: 0 charges the task's
+    own; more makes the small model stand in for a big one (bytes and compute are scaled by the ratio)."""
+
+    layers: int = 0
+    """Of the big model; only for memory estimates. 0: from params by the usual aspect ratio."""
+
+    task: str = ""
+    """Training only: "builtin:stdlib-gpt" and the like, or "module:object" of your own."""
+
+    options: dict[str, object] = field(default_factory=dict)
+    """Training only: the task's options."""
+
+    tokens_per_step: float = 0.0
+    """Tokens of one inner step of one member. Timing only: required unless every member has `step_ms`."""
+
+    tokens: float = 0.0
+    """Timing only: the token budget that the loss estimate refers to; 0: 20 tokens per parameter (Chinchilla)."""
+
+
+@dataclass(frozen=True)
+class Members:
+    """A group of members that are alike up to what is drawn for each."""
+
+    count: int = 1
+    name: str = "member"
+    up_mbit: Draw = Draw.fixed(100)
+    down_mbit: Draw = Draw.fixed(100)
+    region: str = ""
+    """One of the network's regions; empty: the first."""
+
+    last_mile_ms: Draw = Draw.fixed(0)
+    """One-way delay between the machine and its region's backbone, added at both ends of a path."""
+
+    queue: str = "fq"
+    """fifo: a home router without queue management, acknowledgements wait behind bulk; fq: they do not."""
+
+    queue_ms: float = 100.0
+    """How much a fifo uplink queues."""
+
+    loss: float = 0.0
+    """Share of packets lost on the last mile; limits TCP by Mathis' formula."""
+
+    link: str = ""
+    """Name of a shared link (household, campus, transit) that everything of this group crosses."""
+
+    reachable: bool = True
+    """False: behind NAT; it calls others, nobody can call it (what it holds cannot be fetched: it is a leaf)."""
+
+    data_cap_gb: float = 0.0
+    """It goes offline for good when it has sent and received this much; 0: no cap."""
+
+    gpu: str = ""
+    """A preset of `compute.GPUS`; gives the step time from model size and tokens. Exclusive with `step_ms`."""
+
+    mfu: float = 0.0
+    """Model FLOP utilisation; 0: the preset's."""
+
+    step_ms: Draw | None = None
+    """A measured step time."""
+
+    speed_sigma: float = 0.0
+    """Lognormal spread of speed between members (sigma of the logarithm), fixed for a run."""
+
+    jitter: float = 0.0
+    """Each step takes 1 + this x Exp(1) times as long (shifted exponential)."""
+
+    busy_every_s: float = 0.0
+    """Mean time between two contention episodes (somebody plays a game); 0: none."""
+
+    busy_for_s: float = 0.0
+    """Mean length of an episode."""
+
+    busy_slowdown: float = 2.0
+    """How much slower steps are meanwhile."""
+
+    memory_gb: float = 0.0
+    """GPU memory; a model that does not fit is refused. 0: the preset's, or not checked."""
+
+    fsync_ms: float = 0.0
+    """How long one durable write to disk takes."""
+
+    disk_mb_s: float = 0.0
+    """Throughput of the disk; 0: not charged."""
+
+    clock_skew_s: Draw = Draw.fixed(0)
+    """How far the wall clock is ahead."""
+
+    join_after_s: Draw = Draw.fixed(0)
+    """When it first appears."""
+
+    churn: Churn | None = None
+    """Its sessions; None: it stays."""
+
+
+@dataclass(frozen=True)
+class Churn:
+    """How members come and go: sessions and gaps are drawn independently, or come from a trace file."""
+
+    kind: str = "weibull"
+    session_s: Draw | None = None
+    """How long a member stays. Not for diurnal and trace."""
+
+    gap_s: Draw | None = None
+    """How long it is away."""
+
+    crash: float = 1.0
+    """Share of departures without a word; the others leave politely."""
+
+    low: float = 0.5
+    """diurnal: share of members online at the quietest hour."""
+
+    high: float = 1.0
+    """diurnal: share at the busiest."""
+
+    period_h: float = 24.0
+    """diurnal: length of a day."""
+
+    trace: str = ""
+    """trace: a file of sessions (see `traces.py`), relative to the scenario file."""
+
+
+@dataclass(frozen=True)
+class SharedLink:
+    """A line that several members share: a household's, a campus's, a transatlantic cable's."""
+
+    name: str
+    up_mbit: float
+    down_mbit: float
+
+
+@dataclass(frozen=True)
+class Network:
+    """Between the members."""
+
+    regions: tuple[str, ...] = ("world",)
+    latency_ms: tuple[tuple[float, ...], ...] = ((20.0,),)
+    """One way, from region to region; the diagonal is within a region."""
+
+    links: tuple[SharedLink, ...] = ()
+    header_overhead: float = 1514 / 1448
+    """Bytes on the wire per byte of payload (Ethernet, MTU 1500)."""
+
+    window_mb: float = 4.0
+    """What one TCP connection may have in flight."""
+
+    message_loss: float = 0.0
+    """Share of control calls that never arrive (their caller waits until its deadline)."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Something that happens once."""
+
+    kind: str
+    at_s: float
+    members: tuple[int, ...] = ()
+    """Whom it hits, by position in the scenario's list of members. A partition cuts these off from all others."""
+
+    for_s: float = 0.0
+    """How long it lasts: a crashed member restarts, a partition heals. 0: for good."""
+
+    factor: float = 1.0
+    """slow_disk, straggle: how many times slower; link: times the capacity; clock_skew: seconds."""
+
+
+@dataclass(frozen=True)
+class Attack:
+    """Some members lie, or use the network as a weapon."""
+
+    kind: str
+    members: tuple[int, ...] = ()
+    count: int = 0
+    """Instead of `members`: this many, drawn by the seed (never the founder)."""
+
+    strength: float = 1.0
+    """sign_flip: times the honest update; noise: standard deviations of it; straggle: share of the deadline used."""
+
+    from_round: int = 1
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """One question. `fidelity`: "timing" (any model size, estimates of loss) or "training" (real training in the loop)."""
+
+    name: str
+    members: tuple[Members, ...]
+    model: Model
+    summary: str = ""
+    fidelity: str = "timing"
+    rounds: int = 20
+    """The run's length in rounds that trained."""
+
+    limit_h: float = 1000.0
+    """Virtual time after which a run is stopped, and reported as unfinished."""
+
+    loss_goal: float = 0.0
+    """For time to loss; 0: none asked."""
+
+    run: Run = Run()
+    network: Network = Network()
+    faults: tuple[Fault, ...] = ()
+    attacks: tuple[Attack, ...] = ()
+
+    @property
+    def size(self) -> int:
+        """How many members there are in all."""
+        return sum(group.count for group in self.members)
