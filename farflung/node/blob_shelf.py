@@ -62,7 +62,7 @@ class Shelf:
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self._items: dict[bytes, _Item] = {}
-        self._watchers: set[_Watcher] = set()
+        self._watchers: dict[_Watcher, None] = {}
         self._stopped = False
 
     def offer(self, source: BlobSource) -> None:
@@ -129,7 +129,7 @@ class Shelf:
         if len(self._watchers) >= WATCHERS_MAX:
             raise PeerError("?", f"{WATCHERS_MAX} peers watch already")
         watcher = _Watcher()
-        self._watchers.add(watcher)
+        self._watchers[watcher] = None
         try:
             for part in _portions([item.holding() for item in self._items.values()]) or [[]]:
                 yield part
@@ -142,7 +142,7 @@ class Shelf:
                 for part in _portions(watcher.take()):
                     yield part
         finally:
-            self._watchers.discard(watcher)
+            self._watchers.pop(watcher, None)
 
     async def read(self, digest: bytes, chunks: Sequence[int]) -> AsyncIterator[tuple[int, bytes]]:
         """Chunks (indices strictly increasing), or the digest list for none. Raises PeerError for what is not here."""

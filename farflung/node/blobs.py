@@ -93,7 +93,7 @@ class BlobExchange:
         self._wanted: dict[bytes, _Wanted] = {}
         self._calls: dict[Call, asyncio.Task[None]] = {}
         self._watches: dict[PeerId, asyncio.Task[None]] = {}
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self._tasks: dict[asyncio.Task[Any], None] = {}
         self._pump: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
         self._stopped = False
@@ -106,9 +106,9 @@ class BlobExchange:
         self._stopped = True
         self._shelf.stop()
         while self._tasks:
-            for task in self._tasks:
+            for task in [*self._tasks]:
                 task.cancel()
-            await asyncio.wait(self._tasks)
+            await asyncio.wait([*self._tasks])
 
     # -- giving ------------------------------------------------------------------------------------------------------
 
@@ -351,8 +351,8 @@ class BlobExchange:
 
     def _spawn(self, work: Coroutine[Any, Any, T], name: str) -> asyncio.Task[T]:
         task = asyncio.create_task(work, name=name)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._tasks[task] = None
+        task.add_done_callback(lambda done: self._tasks.pop(done, None))
         return task
 
 

@@ -12,26 +12,20 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from farflung import __version__
-from farflung.aggregation.outer import parse_outer
-from farflung.aggregation.registry import parse_rule
-from farflung.aggregation.weights import parse_weights
-from farflung.compression import parse_codec
-from farflung.node.anchor import Anchor
 from farflung.node.answers import Answers
+from farflung.node.assembly import Surroundings, assemble, make_anchor
 from farflung.node.audit import Audit
-from farflung.node.blobs import BlobExchange
 from farflung.node.dht import HivemindDirectory, host_maddrs
 from farflung.node.directory import Combined, Rendezvous
-from farflung.node.flat import read_parameters, schema_of
+from farflung.node.flat import schema_of
 from farflung.node.mailbox import Mailbox
 from farflung.node.peers import Peers
 from farflung.node.recordbook import RecordBook
 from farflung.node.runtime import Directory, SystemClock, Transport
-from farflung.node.shell import Node, Parts
+from farflung.node.shell import Node
 from farflung.node.store import Home, RunStore
 from farflung.node.transport.addresses import take_port
 from farflung.node.transport.grpc import GrpcTransport
@@ -121,8 +115,6 @@ async def open_node(
     if invite.secret and genesis.secret_digest and not genesis.admits(invite.secret):
         raise ConfigError("the invite's join secret is not this run's; ask for a new invite")
     anchor = make_anchor(genesis, model, threads=settings.threads)
-    exchange = BlobExchange(transport, clock, identity.peer_id, store.partial)
-    stack.push_async_callback(exchange.stop)
     audit = Audit(identity.peer_id, clock, transport, store.rounds.append)
     fresh = Invite(
         invite.run_id,
@@ -131,11 +123,8 @@ async def open_node(
         secret=invite.secret,
     )
     store.write_invite(str(fresh))
-    parts = Parts(
-        genesis, identity, invite.secret, store, transport, exchange, peers, anchor, clock, mailbox, audit, str(fresh)
-    )
-    answers.node, answers.exchange = Node(parts), exchange
-    return answers.node
+    around = Surroundings(identity, invite.secret, store, transport, peers, answers, clock, mailbox)
+    return assemble(stack, around, genesis, anchor, invite=str(fresh), audit=audit)
 
 
 async def _listen(
@@ -198,23 +187,6 @@ def _directory(
         key = store.directory / "dht.key"
         directories.append(HivemindDirectory(book, clock, listen=hosts, bootstrap=invite.dht, identity=key))
     return Combined(directories, book, clock)
-
-
-def make_anchor(genesis: Genesis, model: nn.Module, *, threads: int = 1) -> Anchor:
-    """The anchor of round 0 as this model was built; state sync replaces it where the run began elsewhere."""
-    theta_d = torch.empty(genesis.schema.numel)
-    read_parameters(model, theta_d)
-    codec = parse_codec(genesis.codec)
-    return Anchor(
-        schema=genesis.schema,
-        codec=codec,
-        rule=parse_rule(genesis.rule),
-        outer=parse_outer(genesis.outer),
-        weights=parse_weights(genesis.weights),
-        theta_d=theta_d,
-        shared=codec.init(genesis.schema)[1],
-        threads=threads,
-    )
 
 
 async def _find_genesis(

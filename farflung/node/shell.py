@@ -11,7 +11,7 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,6 +95,9 @@ class Parts:
     invite: str
     """A fresh one, for others."""
 
+    workers: Executor | None = None
+    """Where what takes long is done (disk, codec, aggregation); None: threads of the node's own."""
+
 
 class Node:
     """A member, or somebody on the way to become one. `run` lives until `leave`, the run's end, or an error."""
@@ -110,8 +113,8 @@ class Node:
             parts.genesis, parts.store, parts.anchor, parts.clock, parts.mailbox, parts.audit, self.me
         )
         self._inbox: asyncio.Queue[Event] = asyncio.Queue(INBOX_MAX)
-        self._pool = ThreadPoolExecutor(max(2, self.anchor.threads), thread_name_prefix="farflung")
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._pool = parts.workers or ThreadPoolExecutor(max(2, self.anchor.threads), "farflung")
+        self._tasks: dict[asyncio.Task[None], None] = {}
         self._fetching: dict[bytes, asyncio.Task[None]] = {}
         self._trying = asyncio.Lock()
         self._snapshot: asyncio.Task[None] | None = None
@@ -419,11 +422,11 @@ class Node:
     def _round(self) -> int:
         return self.machine.round_index if self.machine is not None else self.anchor.round_index
 
-    def _audience(self) -> set[PeerId]:
+    def _audience(self) -> list[PeerId]:
         """Who should hear what this member says: the round's members, and those who ask to become some."""
         machine = self.machine
         assert machine is not None
-        return ({*machine.parent.member_of} | {*machine.attendance.joins}) - {self.me}
+        return sorted(({*machine.parent.member_of} | {*machine.attendance.joins}) - {self.me})
 
     def _envelope(self, slot: Slot, statement: Statement) -> bytes:
         return encode_message(self.parts.identity, slot.run_id, slot.round_index, slot.parent, statement)
@@ -437,12 +440,12 @@ class Node:
     def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
         """A task of this node: awaited or cancelled at the end; an error in it ends the node."""
         task = asyncio.create_task(work, name=name)
-        self._tasks.add(task)
+        self._tasks[task] = None
         task.add_done_callback(self._reap)
         return task
 
     def _reap(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
+        self._tasks.pop(task, None)
         if not task.cancelled() and (error := task.exception()) is not None:
             if isinstance(error, FarflungError):
                 log.debug("task %s: %s", task.get_name(), error)

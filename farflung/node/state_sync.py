@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Collection
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,7 +63,7 @@ class StateSync:
     doing: str = "starting"
     """For people: what is being fetched or replayed."""
 
-    async def reach_tip(self, pool: ThreadPoolExecutor) -> Certificate:
+    async def reach_tip(self, pool: Executor) -> Certificate:
         """Bring chain and anchor to the newest round that can be had; returns its certificate.
 
         Raises TooFewPeers if nobody could be reached and the disk has no chain either, PeerError if what was fetched
@@ -134,7 +134,7 @@ class StateSync:
 
     # -- the state ----------------------------------------------------------------------------------------------------
 
-    async def _reach_state(self, tip: Certificate, pool: ThreadPoolExecutor) -> None:
+    async def _reach_state(self, tip: Certificate, pool: Executor) -> None:
         goal = tip.manifest.round_index
         start = await self._in(pool, self._load_best_here, goal)
         while self._should_fetch(start, goal):
@@ -221,7 +221,7 @@ class StateSync:
                 best = index, ref
         return best
 
-    async def _fetch_snapshot(self, round_index: int, ref: BlobRef, pool: ThreadPoolExecutor) -> int:
+    async def _fetch_snapshot(self, round_index: int, ref: BlobRef, pool: Executor) -> int:
         """Fetch a state from everybody who has it; on disk and in the anchor when this returns."""
         self.doing = f"fetching the state of round {round_index} ({ref.size / 1e6:.1f} MB)"
         log.info("%s", self.doing)
@@ -251,7 +251,7 @@ class StateSync:
 
     # -- replaying ----------------------------------------------------------------------------------------------------
 
-    async def _replay(self, start: int, goal: int, pool: ThreadPoolExecutor) -> None:
+    async def _replay(self, start: int, goal: int, pool: Executor) -> None:
         for index in range(start + 1, goal + 1):
             self.doing = f"replaying round {index} of {goal}"
             certificate = self.certificate(index)
@@ -308,7 +308,7 @@ class StateSync:
         payloads = decode_certificate(data).manifest.payloads if data else ()
         return {item.payload.digest for item in payloads if item.payload is not None}
 
-    async def _in(self, pool: ThreadPoolExecutor, function: Callable[..., Any], *arguments: Any) -> Any:
+    async def _in(self, pool: Executor, function: Callable[..., Any], *arguments: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(pool, function, *arguments)
 
 

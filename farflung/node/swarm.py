@@ -6,14 +6,11 @@
         swarm.step(tokens=batch.numel())
     swarm.leave()
 
-Training owns the calling thread; the node's loop owns another. One vector of length d is kept here: φ_start while
-training, and the pseudo-gradient Δ = φ_start − φ from the end of the local phase until the next anchor is adopted.
+Training owns the calling thread; the node's loop owns another.
 """
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
@@ -22,30 +19,22 @@ import torch
 from torch import nn
 
 from farflung.node.data import MapDataset, RoundView, Shard
-from farflung.node.flat import adopt, difference_into, shift_parameters, write_parameters
-from farflung.node.mailbox import Adopt, Hurry, LocalResult, Mailbox, Notice, Stop
+from farflung.node.learner import Learner
+from farflung.node.mailbox import Mailbox, Notice
 from farflung.node.member import Member
 
 WAIT_S = 0.5
 """How long one wait for a notice lasts, so that Ctrl-C is noticed between two."""
 
 
-class Swarm:
+class Swarm(Learner):
     """A member as its training loop sees it. Made by `farflung.join`; use it in a `with` block, or call `leave`."""
 
     def __init__(self, member: Member, model: nn.Module, on_adopt: Callable[[RoundView], None] | None = None) -> None:
-        self._member, self._model, self._on_adopt = member, model, on_adopt
+        super().__init__(member.genesis, member.anchor, model, on_adopt)
+        self._member = member
         self._mailbox: Mailbox = member.mailbox
         self._no_notice = member.mailbox.empty
-        self._start_d = torch.empty(member.genesis.schema.numel)
-        self._view: RoundView | None = None
-        self._steps = self._tokens = 0
-        self._due = member.genesis.inner_steps
-        self._losses = 0.0
-        self._began_s = time.monotonic()
-        self._sent = False
-        self.finished = False
-        """The run is over, or this member has left: the anchor of the last round is in the model."""
         self._await_first_anchor()
 
     # -- what the loop calls ------------------------------------------------------------------------------------------
@@ -59,7 +48,7 @@ class Swarm:
         self._steps += 1
         self._tokens += tokens
         if loss is not None:
-            self._losses = loss  # type: ignore[assignment]
+            self._losses = loss
         if self._steps >= self._due or not self._no_notice():
             self._turn()
 
@@ -68,21 +57,6 @@ class Swarm:
     ) -> Shard:
         """This member's share of a map-style dataset: disjoint from the other members' in every round."""
         return Shard(dataset, self.view, batch=batch, collate=collate)
-
-    def view(self) -> RoundView | None:
-        """The round being trained; None when the run is over."""
-        return None if self.finished else self._view
-
-    @property
-    def round_index(self) -> int:
-        """The round being trained."""
-        return self._view.round_index if self._view else 0
-
-    @property
-    def global_step(self) -> int:
-        """The certified step that learning-rate schedules follow: rounds that trained x H, plus local steps."""
-        trained = self._view.trained if self._view else 0
-        return trained * self._member.genesis.inner_steps + self._steps
 
     @property
     def status(self) -> dict[str, Any]:
@@ -108,64 +82,26 @@ class Swarm:
         """Something is due: notices to take, or an update to send and its round to wait for."""
         while not self.finished:
             while (notice := self._mailbox.take(0.0)) is not None:
-                self._obey(notice)
-            if self.finished or self._steps < self._due:
+                self._take(notice)
+            if not self.is_due:
                 return
-            self._send()
-            while self._sent and not self.finished:
-                if (notice := self._mailbox.take(WAIT_S)) is not None:
-                    self._obey(notice)
-                else:
-                    self._member.check()
-
-    def _send(self) -> None:
-        difference_into(self._start_d, self._start_d, self._model)
-        loss = float(self._losses) if self._losses is not None else math.nan
-        now_s = time.monotonic()
-        result = LocalResult(self.round_index, self._start_d, self._steps, self._tokens, loss, now_s - self._began_s)
-        self._sent = True
-        self._member.local_result(result)
-
-    def _obey(self, notice: Notice) -> None:
-        match notice:
-            case Adopt(view, keep):
-                if self._view is None or view.round_index > self._view.round_index:
-                    self._adopt(view, keep=keep)
-            case Hurry(round_index):
-                if round_index == self.round_index and not self._sent and self._steps > 0:
-                    self._due = self._steps
-            case Stop(error):
-                self.finished = True
-                if error is not None:
-                    self._member.close(polite_s=0.0)
-                    raise error
-
-    def _adopt(self, view: RoundView, *, keep: bool) -> None:
-        """Take the new anchor into the model: plainly, or keeping what the others have not got."""
-        first = self._view is None
-        with self._member.anchor.lock:
-            theta_d = self._member.anchor.theta_d
-            if first or not keep:
-                if adopt(self._model, theta_d, self._start_d) is theta_d:
-                    self._start_d.copy_(theta_d)
-            elif self._sent:
-                # Δ = θ_old − φ was not sent: φ ← θ_new − Δ.
-                torch.sub(theta_d, self._start_d, out=self._start_d)
-                write_parameters(self._model, self._start_d)
-                self._start_d.copy_(theta_d)
-            else:
-                shift_parameters(self._model, theta_d, self._start_d)
-                self._start_d.copy_(theta_d)
-        if first or not keep:
-            self._steps = self._tokens = 0
-        self._view, self._sent, self._due = view, False, self._member.genesis.inner_steps
-        self._began_s = time.monotonic()
-        if self._on_adopt is not None:
-            self._on_adopt(view)
+            self._member.local_result(self.result())
+            self._wait_while(lambda: self._sent)
 
     def _await_first_anchor(self) -> None:
-        while self._view is None and not self.finished:
+        self._wait_while(lambda: self._view is None)
+
+    def _wait_while(self, waiting: Callable[[], bool]) -> None:
+        while waiting() and not self.finished:
             if (notice := self._mailbox.take(WAIT_S)) is not None:
-                self._obey(notice)
+                self._take(notice)
             else:
                 self._member.check()
+
+    def _take(self, notice: Notice) -> None:
+        try:
+            self.obey(notice)
+        except BaseException:
+            if self.finished:
+                self._member.close(polite_s=0.0)
+            raise

@@ -99,6 +99,7 @@ class VirtualLoop(_Base):  # type: ignore[misc]  # most of an event loop is inpu
         self._heap: list[tuple[int, int, asyncio.TimerHandle]] = []
         self._sequence = self._cancelled = 0
         self._running = self._stopping = self._closed = False
+        self._evening: list[Callable[[], object]] = []
         self._handler: Callable[[asyncio.AbstractEventLoop, dict[str, Any]], object] | None = None
         self._generators: dict[int, Any] = {}
         self.callbacks = 0
@@ -153,6 +154,10 @@ class VirtualLoop(_Base):  # type: ignore[misc]  # most of an event loop is inpu
         heapq.heappush(self._heap, (when_ns, self._sequence, handle))
         return handle
 
+    def before_time_moves(self, callback: Callable[[], object]) -> None:
+        """Run when nothing is ready any more at this instant: what many changes of one instant need only once."""
+        self._evening.append(callback)
+
     def call_soon_threadsafe(
         self, callback: Callable[..., object], *args: Any, context: contextvars.Context | None = None
     ) -> asyncio.Handle:
@@ -183,6 +188,10 @@ class VirtualLoop(_Base):  # type: ignore[misc]  # most of an event loop is inpu
             while not self._stopping:
                 if self._ready:
                     self._run_ready()
+                elif self._evening:
+                    due, self._evening = self._evening, []
+                    for callback in due:
+                        callback()
                 elif not self._jump():
                     raise Deadlock(f"nothing can happen any more at {self.time():.3f} s; {self.blocked()}")
         finally:

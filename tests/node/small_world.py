@@ -25,7 +25,7 @@ from farflung.node.data import RoundView
 from farflung.node.flat import read_parameters, schema_of
 from farflung.node.mailbox import Mailbox
 from farflung.node.member import Member
-from farflung.node.opening import make_anchor
+from farflung.node.assembly import make_anchor
 from farflung.node.peers import Peers
 from farflung.node.recordbook import RecordBook
 from farflung.node.runtime import SystemClock

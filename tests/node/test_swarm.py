@@ -21,7 +21,7 @@ from farflung.node.data import RoundView
 from farflung.node.flat import read_parameters, schema_of
 from farflung.node.local_phase import LocalPhase
 from farflung.node.mailbox import Adopt, Hurry, LocalResult, Mailbox, Stop
-from farflung.node.opening import make_anchor
+from farflung.node.assembly import make_anchor
 from farflung.node.runtime import SystemClock
 from farflung.node.swarm import Swarm
 from farflung.protocol.certificate import decode_certificate
@@ -362,7 +362,7 @@ def test_a_member_keeps_exactly_the_documented_vectors(tmp_path, codec, outer, v
             for player in players:
                 player.rest()
                 player.adopted.clear()
-            eventually(lambda: all(not player.node._tasks - waiting(player) for player in players), "snapshots")
+            eventually(lambda: all(not player.node._tasks.keys() - waiting(player) for player in players), "snapshots")
             gc.collect()
             own = {p.untyped_storage().data_ptr() for player in players for p in player.model.parameters()}
             found = model_sized_storages(d) - before - own

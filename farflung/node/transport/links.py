@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any
 
 import grpc
@@ -48,11 +49,14 @@ def open_channel(address: str, certificate_der: bytes) -> grpc.aio.Channel:
     return grpc.aio.secure_channel(address, credentials, named)
 
 
+Opener = Callable[[str, bytes], Any]
+
+
 class Link:
     """One peer's connections. Several addresses are tried in order; the one that worked is kept until it fails."""
 
-    def __init__(self, record: PeerRecord) -> None:
-        self.record = record
+    def __init__(self, record: PeerRecord, opened: Opener) -> None:
+        self.record, self._opened = record, opened
         self._address = record.addresses[0] if len(record.addresses) == 1 else None
         self._channels: dict[tuple[str, str], grpc.aio.Channel] = {}
         self._search = asyncio.Lock()
@@ -79,7 +83,7 @@ class Link:
     def _open(self, address: str, purpose: str) -> grpc.aio.Channel:
         key = (address, purpose)
         if key not in self._channels:
-            self._channels[key] = open_channel(address, self.record.certificate_der)
+            self._channels[key] = self._opened(address, self.record.certificate_der)
         return self._channels[key]
 
     async def _find(self, deadline_s: float) -> str:
@@ -103,10 +107,13 @@ async def _connected(channel: grpc.aio.Channel) -> None:
 
 
 class Links:
-    """All peers' connections; the least recently used is closed when there are more than MEMBERS_MAX."""
+    """All peers' connections; the least recently used is closed when there are more than MEMBERS_MAX.
 
-    def __init__(self, *, tls: bool) -> None:
-        self._tls = tls
+    `opened` makes a channel of an address and the certificate expected there.
+    """
+
+    def __init__(self, *, tls: bool, opened: Opener = open_channel) -> None:
+        self._tls, self._opened = tls, opened
         self._links: OrderedDict[PeerId, Link] = OrderedDict()
 
     async def to(self, record: PeerRecord) -> Link:
@@ -123,7 +130,7 @@ class Links:
                 link = None
         if link is None:
             # `close` above gave others a turn: one of them may have opened the new link already
-            link = self._links.get(peer) or self._links.setdefault(peer, Link(self._callable(record)))
+            link = self._links.get(peer) or self._links.setdefault(peer, Link(self._callable(record), self._opened))
         self._links.move_to_end(peer)
         if len(self._links) > limits.MEMBERS_MAX:
             await self._links.popitem(last=False)[1].close()

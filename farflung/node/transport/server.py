@@ -36,7 +36,7 @@ class Handlers:
     def __init__(self, service: Service, run_id: bytes, traffic: Traffic, cap: UploadCap) -> None:
         self._service, self._run_id, self._traffic, self._cap = service, run_id, traffic, cap
         self._bugs_seen: set[str] = set()
-        self._running: set[asyncio.Task[Any]] = set()
+        self._running: dict[asyncio.Task[Any], None] = {}
 
     def generic(self) -> list[grpc.GenericRpcHandler[bytes, bytes]]:
         """Handlers of both services, on raw bytes."""
@@ -60,15 +60,15 @@ class Handlers:
     async def wind_up(self) -> None:
         """After the server's stop: wait until cancelled answers have ended, so that no task outlives the transport."""
         while self._running:
-            for task in self._running:
+            for task in [*self._running]:
                 task.cancel()
-            await asyncio.wait(self._running)
+            await asyncio.wait([*self._running])
 
     def _note(self) -> None:
         task = asyncio.current_task()
         if task is not None and task not in self._running:
-            self._running.add(task)
-            task.add_done_callback(self._running.discard)
+            self._running[task] = None
+            task.add_done_callback(lambda done: self._running.pop(done, None))
 
     # -- control ---------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,122 @@
+"""The training side of a member without its waiting: what a local phase counts, sends and adopts.
+
+`Swarm` waits in a training thread; the simulator waits in virtual time. Both are this, told what to do by notices. One
+vector of length d is kept here: φ_start while training, and the pseudo-gradient Δ = φ_start − φ from the end of the
+local phase until the next anchor is adopted.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from farflung.node.anchor import Anchor
+from farflung.node.data import RoundView
+from farflung.node.flat import adopt, difference_into, shift_parameters, write_parameters
+from farflung.node.mailbox import Adopt, Hurry, LocalResult, Notice, Stop
+from farflung.protocol.genesis import Genesis
+
+
+class Learner:
+    """A model between anchors. `now_s` is only used to say how long a local phase took."""
+
+    def __init__(
+        self,
+        genesis: Genesis,
+        anchor: Anchor,
+        model: nn.Module,
+        on_adopt: Callable[[RoundView], None] | None = None,
+        *,
+        now_s: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._genesis, self._anchor, self._model, self._on_adopt, self._now_s = genesis, anchor, model, on_adopt, now_s
+        self._start_d = torch.empty(genesis.schema.numel)
+        self._view: RoundView | None = None
+        self._steps = self._tokens = 0
+        self._due = genesis.inner_steps
+        self._losses: float | torch.Tensor | None = 0.0
+        self._began_s = now_s()
+        self._sent = False
+        self.finished = False
+        """The run is over, or this member has left: the anchor of the last round is in the model."""
+
+    def view(self) -> RoundView | None:
+        """The round being trained; None when the run is over."""
+        return None if self.finished else self._view
+
+    @property
+    def round_index(self) -> int:
+        """The round being trained."""
+        return self._view.round_index if self._view else 0
+
+    @property
+    def global_step(self) -> int:
+        """The certified step that learning-rate schedules follow: rounds that trained x H, plus local steps."""
+        trained = self._view.trained if self._view else 0
+        return trained * self._genesis.inner_steps + self._steps
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the local phase is over and its result has not been taken yet."""
+        return self._view is not None and not self._sent and not self.finished and self._steps >= self._due
+
+    @property
+    def waits(self) -> bool:
+        """Whether there is nothing to train: no anchor yet, or an update that waits for its round."""
+        return self._view is None or self._sent
+
+    def count(self, tokens: int, loss: float | torch.Tensor | None) -> None:
+        """One optimiser step was taken."""
+        self._steps += 1
+        self._tokens += tokens
+        if loss is not None:
+            self._losses = loss
+
+    def result(self) -> LocalResult:
+        """End the local phase. The Δ in it is lent until the next adoption."""
+        difference_into(self._start_d, self._start_d, self._model)
+        loss = float(self._losses) if self._losses is not None else math.nan
+        took_s = self._now_s() - self._began_s
+        self._sent = True
+        return LocalResult(self.round_index, self._start_d, self._steps, self._tokens, loss, took_s)
+
+    def obey(self, notice: Notice) -> None:
+        """Do what the node says. Raises the error that ended it, if one did."""
+        match notice:
+            case Adopt(view, keep):
+                if self._view is None or view.round_index > self._view.round_index:
+                    self._adopt(view, keep=keep)
+            case Hurry(round_index):
+                if round_index == self.round_index and not self._sent and self._steps > 0:
+                    self._due = self._steps
+            case Stop(error):
+                self.finished = True
+                if error is not None:
+                    raise error
+
+    def _adopt(self, view: RoundView, *, keep: bool) -> None:
+        """Take the new anchor into the model: plainly, or keeping what the others have not got."""
+        first = self._view is None
+        with self._anchor.lock:
+            theta_d = self._anchor.theta_d
+            if first or not keep:
+                if adopt(self._model, theta_d, self._start_d) is theta_d:
+                    self._start_d.copy_(theta_d)
+            elif self._sent:
+                # Δ = θ_old − φ was not sent: φ ← θ_new − Δ.
+                torch.sub(theta_d, self._start_d, out=self._start_d)
+                write_parameters(self._model, self._start_d)
+                self._start_d.copy_(theta_d)
+            else:
+                shift_parameters(self._model, theta_d, self._start_d)
+                self._start_d.copy_(theta_d)
+        if first or not keep:
+            self._steps = self._tokens = 0
+        self._view, self._sent, self._due = view, False, self._genesis.inner_steps
+        self._began_s = self._now_s()
+        if self._on_adopt is not None:
+            self._on_adopt(view)
