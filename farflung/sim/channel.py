@@ -7,6 +7,7 @@ the bytes of the real serialiser; statuses and errors are gRPC's own.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, NamedTuple, NoReturn
@@ -63,6 +64,9 @@ class Machine:
 
         self.handled: dict[int, asyncio.Task[None]] = {}
         self.connections: dict[int, Connection] = {}
+        self.dead = False
+        """Without power: it neither calls nor answers."""
+
         self.lies: Callable[[str, int, bytes], bytes | None] | None = None
         """An attacker's hook: (method, caller, answer or streamed message) -> what is sent instead; None: nothing."""
 
@@ -76,7 +80,12 @@ class Machine:
 
     def listen(self, generic: Sequence[Any]) -> None:
         """A process answers from now on."""
-        self.generic = generic
+        self.generic, self.dead = generic, False
+
+    def die(self) -> None:
+        """Lose power."""
+        self.dead = True
+        self.silence()
 
     def silence(self) -> None:
         """The process is gone: connections break, what was being answered ends."""
@@ -91,12 +100,23 @@ class Machine:
 class Channels:
     """Everything that calls need to know of each other."""
 
-    def __init__(self, fabric: Fabric, *, message_loss: float = 0.0, rng: np.random.Generator | None = None) -> None:
-        self.fabric, self.loop = fabric, fabric.loop
+    def __init__(
+        self,
+        fabric: Fabric,
+        *,
+        message_loss: float = 0.0,
+        rng: np.random.Generator | None = None,
+        scale: float = 1.0,
+    ) -> None:
+        self.fabric, self.loop, self._scale = fabric, fabric.loop, scale
         self.machines = [Machine(self, index) for index in range(len(fabric.topology.nodes))]
         self._message_loss, self._rng = message_loss, rng
         self._calls = 0
         self.by_address: dict[str, int] = {}
+
+    def charged(self, name: str, size: int) -> int:
+        """How large a message counts: bulk stands for that of a bigger model."""
+        return size if name != "Fetch" or self._scale == 1.0 else math.ceil(size * self._scale)
 
     def lost(self) -> bool:
         """Whether a control call never arrives."""
@@ -250,9 +270,8 @@ class Call:
             self._room.clear()
             await self._room.wait()
         self._ahead += 1
-        connection.fabric.put(
-            connection.back, Parcel(len(data) + 14, self._name, lambda: self._take(data), self._sent)
-        )
+        size = connection.channels.charged(self._name, len(data)) + 14
+        connection.fabric.put(connection.back, Parcel(size, self._name, lambda: self._take(data), self._sent))
 
     def _sent(self) -> None:
         self._ahead -= 1
@@ -323,7 +342,7 @@ class SimChannel:
         self._connection: Connection | None = None
 
     async def _connected(self) -> Connection:
-        if self._target < 0:
+        if self._target < 0 or self._channels.machines[self._source].dead:
             raise _error(_Code.UNAVAILABLE, "no such address")
         if self._connection is None or self._connection.gone:
             self._connection = Connection(self._channels, self._source, self._target)

@@ -224,11 +224,11 @@ class Fabric:
             else:
                 self._next(pipe)
 
-    def set_node(self, node: int, *, up_bytes_per_s: float | None = None, down_bytes_per_s: float | None = None) -> None:
+    def set_node(
+        self, node: int, *, up_bytes_per_s: float | None = None, down_bytes_per_s: float | None = None
+    ) -> None:
         """Change a machine's line."""
-        self.network.set_node(
-            node, self.loop.now_ns, up_bytes_per_s=up_bytes_per_s, down_bytes_per_s=down_bytes_per_s
-        )
+        self.network.set_node(node, self.loop.now_ns, up_bytes_per_s=up_bytes_per_s, down_bytes_per_s=down_bytes_per_s)
         self._settle_later()
 
     def wire_bytes(self, node: int) -> tuple[int, int]:

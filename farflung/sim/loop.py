@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import functools
 import heapq
 import math
 import sys
@@ -69,19 +70,21 @@ class Deadlock(LocalError):
 
 
 class InlineExecutor(Executor):
-    """Runs work at once; what it would have cost in time is charged to whoever waits for the result.
+    """Runs work at once; what it would have cost in time is charged to whoever waits for the result."""
 
-    `charge` is asked after each piece of work for the seconds it took in the world that is simulated.
-    """
+    def work(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Do a piece of work now."""
+        return function(*arguments)
 
-    def __init__(self, charge: Callable[[], float] = lambda: 0.0) -> None:
-        self.charge = charge
+    def charge(self) -> float:
+        """Asked after each piece of work: the seconds it took in the world that is simulated."""
+        return 0.0
 
     def submit(self, function: Callable[..., T], /, *arguments: Any, **named: Any) -> Future[T]:
         """Run now. The time is not charged: a concurrent.futures.Future cannot wait in virtual time."""
         future: Future[T] = Future()
         try:
-            future.set_result(function(*arguments, **named))
+            future.set_result(self.work(functools.partial(function, **named), *arguments))
         except Exception as error:
             future.set_exception(error)
         return future
@@ -288,11 +291,12 @@ class VirtualLoop(_Base):  # type: ignore[misc]  # most of an event loop is inpu
         done: asyncio.Future[T] = self.create_future()
         error: BaseException | None = None
         result: Any = None
+        inline = executor if isinstance(executor, InlineExecutor) else None
         try:
-            result = func(*args)
+            result = inline.work(func, *args) if inline is not None else func(*args)
         except Exception as raised:
             error = raised
-        cost_s = executor.charge() if isinstance(executor, InlineExecutor) else 0.0
+        cost_s = inline.charge() if inline is not None else 0.0
 
         def finish() -> None:
             if done.cancelled():

@@ -1,0 +1,132 @@
+"""What a node's work costs in virtual time: it is done at once, and its result comes when the work would be done.
+
+The codec and the rule are the real ones, wrapped so that they note what they would have cost; the disk notes every
+wait for it. A node's executor charges what was noted while a piece of work ran.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+from torch import Tensor
+
+from farflung.aggregation.registry import ParsedRule
+from farflung.aggregation.rule import Aggregate, Context
+from farflung.compression.codec import Codec
+from farflung.node.durable import waiting_by
+from farflung.protocol.rows import Rows
+from farflung.sim.loop import InlineExecutor
+
+T = TypeVar("T")
+
+
+class Costs(Protocol):
+    """Seconds of one core for a model of the charged size."""
+
+    def encode_s(self) -> float:
+        """Of one update."""
+
+    def check_s(self) -> float:
+        """Of one payload that arrived: hash and check."""
+
+    def apply_s(self, rows: int) -> float:
+        """Decode and aggregate `rows` payloads, step, hash the state."""
+
+
+@dataclass(eq=False)
+class Disk:
+    """One member's disk. `fsync_s`: per wait; `bytes_per_s`: 0 is infinitely fast. `slower`: a fault's factor."""
+
+    fsync_s: float = 0.0
+    bytes_per_s: float = 0.0
+    slower: float = 1.0
+
+    def cost_s(self, fresh_bytes: int) -> float:
+        """Of one wait for so many bytes that were not on it yet."""
+        move_s = fresh_bytes / self.bytes_per_s if self.bytes_per_s > 0 else 0.0
+        return (self.fsync_s + move_s) * self.slower
+
+
+class Workers(InlineExecutor):
+    """One node's executor."""
+
+    def __init__(self, desk: Desk, disk: Disk, costs: Costs) -> None:
+        super().__init__()
+        self._desk, self.disk, self.costs = desk, disk, costs
+        self.owed_s = 0.0
+        self.cpu_s = self.disk_s = 0.0
+        """Charged so far."""
+
+    def work(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Do it now; what it notes is charged by the loop."""
+        before, self._desk.at_work = self._desk.at_work, self
+        try:
+            return function(*arguments)
+        finally:
+            self._desk.at_work = before
+
+    def owe_cpu(self, seconds: float) -> None:
+        """Note work of the processor."""
+        self.owed_s += seconds
+        self.cpu_s += seconds
+
+    def owe_disk(self, fresh_bytes: int) -> None:
+        """Note a wait for the disk."""
+        cost_s = self.disk.cost_s(fresh_bytes)
+        self.owed_s += cost_s
+        self.disk_s += cost_s
+
+    def charge(self) -> float:
+        """What was noted since it was last asked."""
+        owed_s, self.owed_s = self.owed_s, 0.0
+        return owed_s
+
+    def codec(self, codec: Codec) -> Codec:
+        """The same codec, noting its costs."""
+
+        def encode(update_d: Tensor, private: Any, shared: Any, round_index: int) -> tuple[bytes, Any]:
+            self.owe_cpu(self.costs.encode_s())
+            return codec.encode(update_d, private, shared, round_index)
+
+        def check(payload: bytes, schema: Any, shared: Any, round_index: int) -> None:
+            self.owe_cpu(self.costs.check_s())
+            codec.check(payload, schema, shared, round_index)
+
+        return codec._replace(encode=encode, check=check)
+
+    def rule(self, parsed: ParsedRule) -> ParsedRule:
+        """The same rule, noting what decoding, combining and stepping cost."""
+
+        def rule(rows: Rows[Tensor], weight_n: Tensor, *, f: int, context: Context) -> Aggregate:
+            self.owe_cpu(self.costs.apply_s(rows.n))
+            return parsed.rule(rows, weight_n, f=f, context=context)
+
+        return parsed._replace(rule=rule)
+
+
+class Desk:
+    """Who is at work now: waits for the disk are noted there. One per world; nothing in it touches the real disk."""
+
+    def __init__(self) -> None:
+        self.at_work: Workers | None = None
+        self._seen: dict[tuple[int, int], int] = {}
+
+    def open(self) -> AbstractContextManager[None]:
+        """While it is open, waiting for the disk is counting."""
+        return waiting_by(self._wait)
+
+    def _wait(self, handle: int) -> None:
+        if self.at_work is None:
+            return
+        status = os.fstat(handle)
+        fresh = 0
+        if stat.S_ISREG(status.st_mode):
+            key = (status.st_dev, status.st_ino)
+            fresh = max(0, status.st_size - self._seen.get(key, 0))
+            self._seen[key] = status.st_size
+        self.at_work.owe_disk(fresh)
