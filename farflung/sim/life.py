@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -107,6 +107,10 @@ class Life:
         self.encode: Callable[[bytes], bytes] | None = None
         """An attacker's: what it sends instead of its payload."""
 
+        self.before_speaking: Callable[[Life, LocalResult], Awaitable[None]] | None = None
+        self.on_open: Callable[[Node], None] | None = None
+        """Called with every new node of this member."""
+
         self._tasks: list[asyncio.Task[None]] = []
         self.finished = False
         self.gone = False
@@ -208,6 +212,8 @@ class Life:
                 box = NoticeBox()
                 node = await self._open(stack, model, box)
                 self.node = node
+                if self.on_open is not None:
+                    self.on_open(node)
                 self.trainee = self._make_trainee(node, box, task, model)
                 training = self.world.loop.create_task(self._train(), name=f"training {self.index}")
                 self._tasks.append(training)
@@ -237,7 +243,7 @@ class Life:
             self.world.on_finished(self)
 
     def _make_trainee(self, node: Node, box: NoticeBox, task: Any, model: nn.Module) -> Trainee:
-        change = self.change
+        change, before = self.change, self.before_speaking
         return Trainee(
             node,
             box,
@@ -247,6 +253,8 @@ class Life:
             seed=seed_of("simulator", self.world.seed, "training", self.index, self.lives) % (1 << 63),
             step_s=self._step_s,
             change=None if change is None else lambda result: change(self, result),
+            before=None if before is None else lambda result: before(self, result),
+            data=seed_of("simulator", self.world.seed, "data").to_bytes(16, "little"),
             adopted=self._adopted,
             over=self._over,
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from torch import nn
@@ -38,7 +38,9 @@ class NoticeBox(Mailbox):
 class Trainee:
     """Trains one member's model until the run is over. `step_s(now_s)` draws how long the next step takes.
 
-    `change` may alter what is sent: that is where attackers live. `adopted` is told of every anchor.
+    `change` may alter what is sent and `before` delay it: that is where attackers live. `adopted` is told of every
+    anchor, `over` of every local phase. `data` stands for the run in the choice of samples, and the number of rounds
+    trained for the certificate: what is learned then depends on who took part, and on nothing else of the network.
     """
 
     def __init__(
@@ -51,13 +53,16 @@ class Trainee:
         *,
         seed: int,
         step_s: Callable[[float], float],
+        data: bytes,
         change: Callable[[LocalResult], LocalResult] | None = None,
+        before: Callable[[LocalResult], Awaitable[None]] | None = None,
         adopted: Callable[[RoundView], None] | None = None,
         over: Callable[[LocalResult], None] | None = None,
     ) -> None:
         self._node, self._box, self._task, self._model, self._clock = node, box, task, model, clock
         self._seed, self._step_s, self._change, self._over = seed, step_s, change, over
-        self._adopted = adopted
+        self._adopted, self._before, self._data = adopted, before, data
+        self._shown: tuple[RoundView | None, RoundView | None] = (None, None)
         self.learner = Learner(node.genesis, node.anchor, model, self._on_adopt, now_s=clock.now_s)
         self.trainer: Trainer | None = None
         self.train_s = 0.0
@@ -79,7 +84,7 @@ class Trainee:
             if learner.finished:
                 return
             if learner.is_due:
-                self._send()
+                await self._send()
             elif learner.waits:
                 await box.news.wait()
             else:
@@ -95,11 +100,22 @@ class Trainee:
         if result.counted:
             self.learner.count(result.tokens, result.loss)
 
-    def _send(self) -> None:
+    async def _send(self) -> None:
         result = self.learner.result()
         if self._over is not None:
             self._over(result)
+        if self._before is not None:
+            await self._before(result)
         self._node.local_result(self._change(result) if self._change is not None else result)
+
+    def _view(self) -> RoundView | None:
+        """The round as the choice of samples sees it; the same object while it lasts."""
+        real, shown = self.learner.view(), self._shown
+        if shown[0] is not real:
+            trained = real.trained if real is not None else 0
+            mine = real._replace(run_id=self._data, certificate=b"round %d" % trained) if real is not None else None
+            self._shown = shown = (real, mine)
+        return shown[1]
 
     def _make_trainer(self) -> Trainer:
         task: Any = self._task
@@ -108,7 +124,7 @@ class Trainee:
             self._model,
             optimizer,
             task.loss,
-            iter(task.batches(Sharder(self.learner.view))),
+            iter(task.batches(Sharder(self._view))),
             settings=TrainerSettings(device="cpu", seed=self._seed),
             lr_at=getattr(task, "lr_at", None),
             tokens=getattr(task, "tokens", count_tokens),

@@ -77,6 +77,7 @@ class World:
         self.on_adoption: list[Callable[[Life, RoundView], None]] = []
         self._change = asyncio.Event()
         self._scripts: list[Coroutine[Any, Any, None]] = []
+        self._late: list[asyncio.Task[None]] = []
 
     # -- building -----------------------------------------------------------------------------------------------------
 
@@ -119,12 +120,16 @@ class World:
         finally:
             for script in scripts:
                 script.cancel()
-            await asyncio.gather(*scripts, return_exceptions=True)
+            await asyncio.gather(*scripts, *self._late, return_exceptions=True)
             for life in self.lives:
                 await life._stop()
             for script in scripts:
                 if not script.cancelled() and (error := script.exception()) is not None:
                     raise error
+
+    def later(self, work: Coroutine[Any, Any, None]) -> None:
+        """Something that a member does to itself; awaited at the end."""
+        self._late.append(self.loop.create_task(work, name="later"))
 
     def changed(self) -> None:
         """Look at the condition again."""

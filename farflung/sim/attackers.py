@@ -1,0 +1,124 @@
+"""Members that lie or use the network as a weapon: hooks on a real node, from outside. The red team comes later.
+
+Values: `sign_flip` sends −strength x Δ, `noise` Δ's own spread in random numbers, `garbage` bytes that no codec made.
+Network: `straggle` speaks as late as it can, `equivocate` says two things to two halves of the swarm and late,
+`starve` never answers some members that ask it for bytes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from farflung.node.mailbox import LocalResult
+from farflung.node.shell import Node
+from farflung.protocol.blob import describe
+from farflung.protocol.identity import PeerId
+from farflung.protocol.statements import Announcement
+from farflung.protocol.wire import encode_message
+from farflung.sim.life import Life
+from farflung.sim.scenario import Attack
+
+EARLY_S = 0.5
+"""How much before a deadline a straggler speaks: enough for the message to arrive."""
+
+
+def equip(life: Life, attack: Attack, rng: np.random.Generator, members: int) -> None:
+    """Make a member an attacker from `attack.from_round` on. `rng` is its own stream."""
+    match attack.kind:
+        case "sign_flip":
+            life.change = _from_round(attack, lambda result: result.delta_d * -attack.strength)
+        case "noise":
+            life.change = _from_round(attack, lambda result: _noise(result.delta_d, attack.strength, rng))
+        case "garbage":
+            life.encode = lambda payload: rng.bytes(len(payload))
+        case "straggle":
+            life.before_speaking = _straggler(attack)
+        case "equivocate":
+            life.on_open = lambda node: _equivocate(life, node, attack)
+        case "starve":
+            victims = _victims(life.index, attack, rng, members)
+            life.world.channels.machines[life.index].lies = _starver(life, victims, attack)
+
+
+def _from_round(attack: Attack, change: Callable[[LocalResult], torch.Tensor]) -> Callable[..., LocalResult]:
+    def lie(life: Life, result: LocalResult) -> LocalResult:
+        return replace(result, delta_d=change(result)) if result.round_index >= attack.from_round else result
+
+    return lie
+
+
+def _noise(delta_d: torch.Tensor, strength: float, rng: np.random.Generator) -> torch.Tensor:
+    spread = float(delta_d.std()) if delta_d.numel() > 1 else float(delta_d.abs().max())
+    return torch.from_numpy(rng.standard_normal(delta_d.numel(), dtype=np.float32)) * (strength * spread)
+
+
+def _straggler(attack: Attack) -> Callable[[Life, LocalResult], Awaitable[None]]:
+    """Wait until `strength` of the time that others would wait for it has passed."""
+
+    async def wait(life: Life, result: LocalResult) -> None:
+        machine = life.node.machine if life.node is not None else None
+        adopted_s = life.times(result.round_index).adopted_s
+        if machine is None or adopted_s is None or result.round_index < attack.from_round:
+            return
+        patience_s = machine.pace.speak.value_s * attack.strength - EARLY_S
+        await asyncio.sleep(max(0.0, adopted_s + patience_s - life.clock.now_s()))
+
+    return wait
+
+
+def _victims(index: int, attack: Attack, rng: np.random.Generator, members: int) -> frozenset[int]:
+    others = [other for other in range(members) if other != index]
+    count = min(len(others), math.ceil(attack.strength * len(others)))
+    return frozenset(int(other) for other in rng.choice(others, size=count, replace=False))
+
+
+def _starver(life: Life, victims: frozenset[int], attack: Attack) -> Callable[[str, int, bytes], bytes | None]:
+    def lie(method: str, caller: int, data: bytes) -> bytes | None:
+        node = life.node
+        begun = node is not None and node.machine is not None and node.machine.round_index >= attack.from_round
+        return None if method == "Fetch" and caller in victims and begun else data
+
+    return lie
+
+
+def _equivocate(life: Life, node: Node, attack: Attack) -> None:
+    """Every second peer hears of another payload, and half a grace window after the others."""
+    put, made = node.outbox.put, dict[int, bytes]()
+
+    def lie(peer: PeerId, kind: str, envelope: bytes) -> None:
+        machine = node.machine
+        odd = machine is not None and sorted(machine.parent.member_of).index(peer) % 2 == 1 if machine else False
+        if kind != "Announcement" or not odd or machine is None or machine.round_index < attack.from_round:
+            put(peer, kind, envelope)
+            return
+        if machine.round_index not in made:
+            made.clear()
+            made[machine.round_index] = _other_announcement(life, node)
+        late_s = node.genesis.timing.grace_ms / 2e3
+        other = made[machine.round_index]
+        life.world.loop.call_later(late_s, lambda: put(peer, kind, other) if life.node is node else None)
+
+    node.outbox.put = lie  # type: ignore[method-assign]
+
+
+def _other_announcement(life: Life, node: Node) -> bytes:
+    """A second signed announcement for the same slot, of a payload that is as well-formed as the first."""
+    machine, anchor = node.machine, node.anchor
+    assert machine is not None
+    rng = np.random.Generator(np.random.PCG64(machine.round_index))
+    update_d = torch.from_numpy(rng.standard_normal(anchor.schema.numel, dtype=np.float32)) * 1e-3
+    private, shared = anchor.codec.init(anchor.schema)
+    payload, _ = anchor.codec.encode(update_d, private, shared, machine.round_index)
+    ref, digests = describe(payload)
+    node.parts.exchange.offer(node.store.put(payload, ref, digests))
+    steps = node.genesis.inner_steps
+    bare = Announcement(node.parts.identity.public_key, ref, steps, steps)
+    statement = bare.signed(machine.slot, node.parts.identity.sign)
+    slot = machine.slot
+    return encode_message(node.parts.identity, slot.run_id, slot.round_index, slot.parent, statement)

@@ -1,0 +1,258 @@
+"""Training fidelity: one run of a scenario with real nodes, real training and real payloads, in virtual time."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from farflung.aggregation.outer import parse_outer
+from farflung.node.anchor import Trial
+from farflung.node.data import RoundView, Sharder
+from farflung.node.flat import write_parameters
+from farflung.node.run_file import RunFile, make_genesis
+from farflung.node.tasks.load import load_task
+from farflung.node.tasks.task import count_tokens
+from farflung.protocol.certificate import Certificate
+from farflung.protocol.genesis import Timing
+from farflung.protocol.identity import Identity, PeerId
+from farflung.sim.attackers import equip
+from farflung.sim.compute import StepTimes
+from farflung.sim.eventlog import EventLog
+from farflung.sim.happenings import schedule
+from farflung.sim.life import SECRET, Life
+from farflung.sim.measure import Measure
+from farflung.sim.population import populate
+from farflung.sim.results import RoundResult, RunResult
+from farflung.sim.rng import stream
+from farflung.sim.scenario import Scenario
+from farflung.sim.service_costs import ServiceCosts
+from farflung.sim.world import Genesis0, World
+
+Tell = Callable[[int, int], None]
+"""Progress: (rounds that trained so far, rounds in all)."""
+
+EVALUATIONS = 40
+"""At most about so many validations are measured per run, evenly spread, and the last."""
+
+
+@dataclass(frozen=True)
+class Charged:
+    """`sim.workers.Costs` for a model of `d` parameters."""
+
+    costs: ServiceCosts
+    d: float
+    payload_bytes: float
+
+    def encode_s(self) -> float:
+        """Encode and hash one update."""
+        return self.costs.encode_s(self.d) + self.costs.hash_s(self.payload_bytes)
+
+    def check_s(self) -> float:
+        """Hash and check one payload."""
+        return self.costs.check_s(self.d) + self.costs.hash_s(self.payload_bytes)
+
+    def apply_s(self, rows: int) -> float:
+        """From `rows` payloads to a vote."""
+        return self.costs.apply_s(self.d, rows)
+
+
+def run_training(
+    scenario: Scenario, seed: int, *, folder: Path | None = None, log: Path | None = None, tell: Tell | None = None
+) -> RunResult:
+    """Simulate with training in the loop. Equal arguments give equal event logs on one type of machine.
+
+    `folder` is where trace files are; `log` a file for the event log. Takes what the training takes, and about 25 ms
+    for every member and round. Needs memory for the members that are on, disk for what they keep (removed at the end).
+    Raises ConfigError for what the user can fix, LocalError if a node fails.
+    """
+    began_s = time.perf_counter()
+    home = Path(tempfile.mkdtemp(prefix="farflung-sim-", dir=_memory_disk()))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # more threads are slower for small models, and their sums may differ
+    try:
+        return Training(scenario, seed, home, folder, log, tell).run(began_s)
+    finally:
+        torch.set_num_threads(threads)
+        shutil.rmtree(home, ignore_errors=True)
+
+
+def _memory_disk() -> str | None:
+    """A folder in memory where there is one: nodes write what they keep, and nobody reads it after the run."""
+    shared = Path("/dev/shm")
+    return str(shared) if shared.is_dir() else None
+
+
+class Training:
+    """One run being made."""
+
+    def __init__(
+        self, scenario: Scenario, seed: int, home: Path, folder: Path | None, log: Path | None, tell: Tell | None
+    ) -> None:
+        self.scenario, self.seed, self._tell = scenario, seed, tell
+        self.task = load_task(scenario.model.task, scenario.model.options)
+        self._scratch = self.task.build_model()
+        self.params = sum(part.numel() for part in self._scratch.parameters() if part.requires_grad)
+        self.population = populate(scenario, seed, folder, task_params=self.params, task_tokens=self._tokens_per_step())
+        self.charged = scenario.model.params or float(self.params)
+        self.world = World(
+            self._begin,
+            self.task,
+            self.population.topology,
+            seed=seed,
+            folder=home,
+            log=EventLog(log),
+            message_loss=scenario.network.message_loss,
+            scale=self.charged / self.params,
+            limit_s=scenario.limit_h * 3600,
+        )
+        self.validation: dict[int, float] = {}
+        self._costs = self._charge()
+        self._add_members()
+
+    def _tokens_per_step(self) -> float:
+        """Of the task's own batches."""
+        me = PeerId(bytes(20))
+        view = RoundView(bytes(32), 1, bytes(32), me, (me,))
+        batch = next(iter(self.task.batches(Sharder(lambda: view))))
+        return float(getattr(self.task, "tokens", count_tokens)(batch))
+
+    def _charge(self) -> Charged:
+        run = self.scenario.run
+        costs = ServiceCosts(run.codec, run.rule, run.outer)
+        from farflung.compression import parse_codec
+        from farflung.node.flat import schema_of
+
+        bits = parse_codec(run.codec).bits(schema_of(self._scratch))
+        return Charged(costs, self.charged, self.charged * bits / 8)
+
+    def _begin(self, founder: Identity) -> Genesis0:
+        genesis, theta_d = make_genesis(self._run_file(), founder.public_key, SECRET)
+        buffers = parse_outer(genesis.outer).state_buffers
+        return genesis, theta_d, {"momentum": torch.zeros_like(theta_d)} if buffers else {}
+
+    def _run_file(self) -> RunFile:
+        scenario, run = self.scenario, self.scenario.run
+        there = sum(1 for spec in self.population.members if spec.sessions and spec.sessions[0].start_s <= 0)
+        return RunFile(
+            name=scenario.name,
+            task=scenario.model.task,
+            task_options=scenario.model.options,
+            codec=run.codec,
+            rule=run.rule,
+            outer=run.outer,
+            weights=run.weights,
+            inner_steps=run.inner_steps,
+            rounds=scenario.rounds,
+            start_members=max(1, there),
+            quorum_percent=run.quorum_percent,
+            snapshot_rounds=run.snapshot_rounds,
+            timing=Timing(
+                grace_ms=round(run.grace_s * 1e3),
+                deadline_floor_ms=round(run.deadline_floor_s * 1e3),
+                deadline_ceiling_ms=round(run.deadline_ceiling_s * 1e3),
+            ),
+        )
+
+    def _add_members(self) -> None:
+        world, population = self.world, self.population
+        for spec in population.members:
+            generator = stream(self.seed, "steps", spec.index)
+            steps = StepTimes(spec, generator, population.slowdowns(spec.index))
+            life = Life(world, spec, self._costs, steps.step_s)
+            if spec.attack is not None:
+                equip(life, spec.attack, stream(self.seed, "attack", spec.index), len(population.members))
+            world.lives.append(life)
+        world.found(world.lives[0])
+        world.watchers.append(self._certified)
+        schedule(world, population)
+
+    # -- running ------------------------------------------------------------------------------------------------------
+
+    def run(self, began_s: float) -> RunResult:
+        """Until everybody who is there has the last round, or the limit."""
+        world = self.world
+        finished = world.run(self._is_over)
+        world.log.close()
+        return self._result(finished, time.perf_counter() - began_s)
+
+    def _is_over(self) -> bool:
+        there = [life for life in self.world.lives if life.on]
+        done = [life for life in there if life.trainee is not None and life.trainee.learner.finished]
+        honest = [life for life in there if life.spec.attack is None]
+        trained = max((item.manifest.trained for item in self.world.certificates.values()), default=0)
+        over = trained >= self.scenario.rounds
+        return over and all(life in done or life.trainee is None for life in honest)
+
+    def _certified(self, life: Life, certificate: Certificate, trial: Trial) -> None:
+        manifest = certificate.manifest
+        index, rounds = manifest.round_index, self.scenario.rounds
+        if not manifest.payloads or index in self.validation or life.node is None:
+            return
+        if self._tell is not None and life.index == 0:
+            self._tell(manifest.trained, rounds)
+        every = max(1, rounds // EVALUATIONS)
+        evaluate = getattr(self.task, "evaluate", None)
+        if callable(evaluate) and (manifest.trained % every == 0 or manifest.trained == rounds):
+            write_parameters(self._scratch, life.node.anchor.theta_d)
+            self.validation[index] = float(evaluate(self._scratch))
+
+    # -- what came of it ----------------------------------------------------------------------------------------------
+
+    def _result(self, finished: bool, wall_s: float) -> RunResult:
+        scenario, world = self.scenario, self.world
+        measure = Measure(world, self.validation, self._costs.apply_s)
+        rounds = measure.rounds()
+        notes = [] if finished else [f"stopped after {scenario.limit_h:g} h of virtual time: not finished"]
+        if self.charged != self.params:
+            notes.append(
+                f"a model of {self.params:,} parameters was trained in place of one of {self.charged:,.0f}: bytes and "
+                "compute are the big one's, losses the small one's"
+            )
+        return RunResult(
+            scenario=scenario.name,
+            seed=self.seed,
+            fidelity="training",
+            changes={},
+            members=measure.members(),
+            rounds=rounds,
+            duration_s=rounds[-1].end_s if rounds else world.loop.time(),
+            finished=finished,
+            segments=measure.segments(rounds),
+            events_digest=world.log.digest,
+            wall_s=wall_s,
+            notes=tuple(notes),
+            final_loss=_final_loss(rounds),
+            time_to_goal_s=_time_to(rounds, scenario.loss_goal),
+            extra={
+                "events": float(world.log.events),
+                "transfers": float(world.fabric.transfers),
+                "refusals": float(world.refusals),
+                "void_rounds": float(world.certified - len(rounds)),
+            },
+        )
+
+
+def _final_loss(rounds: tuple[RoundResult, ...]) -> float | None:
+    for item in reversed(rounds):
+        if item.validation is not None:
+            return item.validation
+    return next((item.loss for item in reversed(rounds) if item.loss is not None), None)
+
+
+def _time_to(rounds: tuple[RoundResult, ...], goal: float) -> float | None:
+    """When the goal was met: by validation where it was measured, else by the training loss."""
+    if goal <= 0:
+        return None
+    measured = any(item.validation is not None for item in rounds)
+    for item in rounds:
+        loss = item.validation if measured else item.loss
+        if loss is not None and math.isfinite(loss) and loss <= goal:
+            return item.end_s
+    return None
