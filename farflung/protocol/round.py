@@ -268,7 +268,8 @@ class RoundMachine:
                 self.answered.clear()
                 self._out.append(Broadcast(self.slot, Status(0)))
             return
-        if self.certificate is None and self.attendance.watch(now_s, self.pace.speak.value_s):
+        closes = self.certificate is None and self.attendance.watch(now_s, self.pace.speak.value_s)
+        if closes and self.ballot.votes_here:  # nobody else moves to the next view: a timer would only ring for ever
             self.view_ends_s = now_s + self.pace.view_s(self.ballot.view)
         self._count_votes()
         if self.certificate is None:

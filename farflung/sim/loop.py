@@ -25,7 +25,7 @@ T = TypeVar("T")
 NS = 1_000_000_000
 """Nanoseconds in a second."""
 
-TURNS_MAX = 10_000_000
+TURNS_MAX = 1_000_000
 """Callbacks at one instant: more than this is a loop that waits for itself."""
 
 CANCELLED_MAX = 1024
