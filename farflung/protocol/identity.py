@@ -73,7 +73,8 @@ class Identity:
 
 
 @lru_cache(maxsize=1024)
-def _load(public_key: bytes) -> Ed25519PublicKey:
+def load_key(public_key: bytes) -> Ed25519PublicKey:
+    """A public key from its 32 bytes; the latest are remembered. Raises ValueError."""
     return Ed25519PublicKey.from_public_bytes(public_key)
 
 
@@ -82,6 +83,6 @@ def check_signature(public_key: bytes, signature: bytes, data: bytes, *, what: s
     if len(public_key) != PUBLIC_KEY_BYTES or len(signature) != SIGNATURE_BYTES:
         raise PeerError("?", f"{what}: a key or signature of the wrong length")
     try:
-        _load(public_key).verify(signature, data)
+        load_key(public_key).verify(signature, data)
     except (InvalidSignature, ValueError):
         raise PeerError(PeerId.of(public_key).short, f"wrong signature on {what}") from None

@@ -53,7 +53,7 @@ class Measure:
             end_s=end_s,
             members=len(manifest.member_of),
             payloads=len(sizes),
-            payload_bytes=self._world.channels.charged("Fetch", sum(sizes) // len(sizes)),
+            payload_bytes=self._world.channels.charged(sum(sizes) // len(sizes)),
             views=certificate.view,
             loss=losses.training,
             validation=losses.validation,

@@ -11,7 +11,8 @@ from farflung.node.transport.calls import Calls
 from farflung.node.transport.flow import Traffic, UploadCap
 from farflung.node.transport.links import Links
 from farflung.node.transport.server import Handlers
-from farflung.sim.channel import Channels, SimChannel
+from farflung.sim.channel import SimChannel
+from farflung.sim.machine import Channels
 
 
 def address_of(index: int) -> str:

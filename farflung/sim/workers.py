@@ -20,7 +20,7 @@ from farflung.aggregation.rule import Aggregate, Context
 from farflung.compression.codec import Codec
 from farflung.node.durable import waiting_by
 from farflung.protocol.rows import Rows
-from farflung.sim.loop import InlineExecutor
+from farflung.sim.inline import InlineExecutor
 
 T = TypeVar("T")
 

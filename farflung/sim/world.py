@@ -17,19 +17,22 @@ import torch
 
 from farflung.node.anchor import Trial
 from farflung.node.data import RoundView
+from farflung.node.store import Home
 from farflung.node.tasks.task import Task
 from farflung.protocol.certificate import Certificate, certify_first
 from farflung.protocol.errors import ConfigError, LocalError
 from farflung.protocol.genesis import Genesis
 from farflung.protocol.identity import Identity
-from farflung.sim.channel import Channels
 from farflung.sim.directory import Registry
 from farflung.sim.eventlog import EventLog
 from farflung.sim.fabric import Fabric
 from farflung.sim.life import Life
 from farflung.sim.loop import VirtualLoop, run_virtual
+from farflung.sim.machine import Channels
 from farflung.sim.network.topology import Topology
 from farflung.sim.rng import stream
+from farflung.sim.signatures import remembered_signatures
+from farflung.sim.stand_in import stands_in
 from farflung.sim.workers import Desk
 
 Genesis0 = tuple[Genesis, torch.Tensor, dict[str, torch.Tensor]]
@@ -53,7 +56,7 @@ class World:
         limit_s: float = 1e9,
     ) -> None:
         self._begin, self.task, self.seed, self.folder = begin, task, seed, folder
-        self.limit_s = limit_s
+        self.limit_s, self._scale = limit_s, scale
         self.loop = VirtualLoop()
         self.log = log if log is not None else EventLog()
         self.desk = Desk()
@@ -83,13 +86,13 @@ class World:
 
     def found(self, founder: Life) -> None:
         """Write genesis, certificate 0 and the first snapshot to the founder's disk."""
-        self.genesis, theta_d, buffers = self._begin(founder.identity)
-        from farflung.node.store import Home
-
+        with stands_in(self._scale):  # a state's digest depends on how it is cut
+            self.genesis, theta_d, buffers = self._begin(founder.identity)
         with Home(founder.folder).run(self.genesis.run_id) as store:
             store.write_genesis(self.genesis.canonical_bytes)
             store.append_certificate(0, certify_first(self.genesis, founder.identity.sign).canonical_bytes)
-            store.write_snapshot(0, theta_d, buffers)
+            with stands_in(self._scale):
+                store.write_snapshot(0, theta_d, buffers)
 
     def script(self, work: Coroutine[Any, Any, None]) -> None:
         """Something that happens while the world runs: sessions, faults."""
@@ -102,7 +105,7 @@ class World:
 
         Returns whether it holds. Raises the first failure of a member that is not an attacker's doing.
         """
-        with self.desk.open():
+        with self.desk.open(), stands_in(self._scale), remembered_signatures():
             return run_virtual(self._main(until), self.loop)
 
     async def _main(self, until: Callable[[], bool]) -> bool:
