@@ -18,10 +18,10 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 HOSTS_MAX = 16
 """More hosts than this measure the scheduler of one machine."""
@@ -30,10 +30,16 @@ TAG = f"ff{os.getpid()}"
 
 
 class Line(NamedTuple):
-    """A host's access line, in Mbit/s."""
+    """A host's access line, in Mbit/s. What follows them needs `wan.Wan`; `Hosts` refuses it."""
 
     up: float
     down: float
+    delay_ms: float = 0.0
+    """From the host to the middle of the network, one way: a round trip between two hosts takes twice both delays."""
+    queue: str = "fifo"
+    """"fifo": a router without queue management. "fq": small packets (acknowledgements) overtake bulk."""
+    loss: float = 0.0
+    """Probability with which a packet of this host never reaches its uplink."""
 
 
 def available() -> str | None:
@@ -77,10 +83,12 @@ def available() -> str | None:
 class Hosts:
     """Hosts 0..n-1 at 10.77.0.1, .2, ...; `with` creates and always removes them, Ctrl-C and SIGTERM included."""
 
-    def __init__(self, lines: Sequence[Line], *, queue_ms: int = 100) -> None:
+    def __init__(self, lines: Sequence[Line], *, queue_ms: int = 100, congestion: str | None = None) -> None:
+        """`congestion`: TCP's algorithm on every host, "cubic" for example; None: what the kernel prefers."""
         if not 0 < len(lines) <= HOSTS_MAX:
             raise ValueError(f"1 to {HOSTS_MAX} hosts, got {len(lines)}")
-        self.lines, self.queue_ms = list(lines), queue_ms
+        self.lines, self.queue_ms, self.congestion = list(lines), queue_ms, congestion
+        self._check()
         self._children: list[subprocess.Popen[Any]] = []
         self._before: Any = None
 
@@ -111,7 +119,7 @@ class Hosts:
         stats = [found[f"port{host}"] for host in range(len(self.lines))]
         return [(one["rx"]["bytes"], one["tx"]["bytes"]) for one in stats]
 
-    def __enter__(self) -> Hosts:
+    def __enter__(self) -> Self:
         if threading_main():
             self._before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         try:
@@ -133,6 +141,11 @@ class Hosts:
         if self._before is not None:
             signal.signal(signal.SIGTERM, self._before)
 
+    def _check(self) -> None:
+        for line in self.lines:
+            if line.delay_ms or line.queue != "fifo" or line.loss:
+                raise ValueError(f"tbf has no delay, fq or loss: use wan.Wan for {line}")
+
     def _build(self) -> None:
         switch = f"{TAG}sw"
         _sh("ip", "netns", "add", switch)
@@ -142,12 +155,23 @@ class Hosts:
             name, port = self.namespace(host), f"port{host}"
             _sh("ip", "netns", "add", name)
             _sh("ip", "-n", name, "link", "add", "name", "eth0", "type", "veth", "peer", "name", port, "netns", switch)
-            _sh("ip", "-n", name, "addr", "add", f"{self.address(host)}/16", "dev", "eth0")
-            for device in ("lo", "eth0"):
-                _sh("ip", "-n", name, "link", "set", device, "up")
+            self._settle(host)
+            # whole segments would be counted with one header each, and queue behind each other in lumps
+            _sh("ip", "-n", name, "link", "set", "eth0", "gso_max_segs", "1")
             _sh("ip", "-n", switch, "link", "set", port, "master", "bridge", "up")
             self._shape(name, "eth0", line.up)
             self._shape(switch, port, line.down)
+
+    def _settle(self, host: int) -> None:
+        """A host that has its eth0: address, loopback, TCP's algorithm."""
+        name = self.namespace(host)
+        _sh("ip", "-n", name, "addr", "add", f"{self.address(host)}/16", "dev", "eth0")
+        for device in ("lo", "eth0"):
+            _sh("ip", "-n", name, "link", "set", device, "up")
+        if self.congestion is not None:
+            with _allowed(self.congestion):
+                setting = f"echo {self.congestion} > /proc/sys/net/ipv4/tcp_congestion_control"
+                _sh("ip", "netns", "exec", name, "sh", "-c", setting)
 
     def _shape(self, namespace: str, device: str, mbit: float) -> None:
         """A burst of 10 ms of the line, at least three packets."""
@@ -190,6 +214,23 @@ def plain_tcp_mbit(hosts: Hosts, source: int, target: int, seconds: float = 4.0)
     sink.stdout.readline()
     hosts.run(source, [sys.executable, "-c", SPEED_TEST, "source", address, str(seconds)])
     return float(sink.stdout.readline())
+
+
+@contextlib.contextmanager
+def _allowed(congestion: str) -> Iterator[None]:
+    """Namespaces may only choose what the machine allows everybody. Put back at once: what was chosen stays chosen."""
+    known = Path("/proc/sys/net/ipv4/tcp_available_congestion_control").read_text().split()
+    if congestion not in known:
+        raise RuntimeError(f"this kernel has {', '.join(known)}, not {congestion}")
+    path = Path("/proc/sys/net/ipv4/tcp_allowed_congestion_control")
+    before = path.read_text()
+    try:
+        if congestion not in before.split():
+            path.write_text(f"{before.strip()} {congestion}")
+        yield
+    finally:
+        if path.read_text() != before:
+            path.write_text(before)
 
 
 def threading_main() -> bool:

@@ -17,8 +17,9 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from farflung.node.join import join
     from farflung.node.swarm import Swarm
+    from farflung.sim.simulate import simulate
 
-__all__ = ["Swarm", "__version__", "join"]
+__all__ = ["Swarm", "__version__", "join", "simulate"]
 
 
 def __getattr__(name: str) -> Any:
@@ -31,4 +32,8 @@ def __getattr__(name: str) -> Any:
         from farflung.node.swarm import Swarm
 
         return Swarm
+    if name == "simulate":
+        from farflung.sim.simulate import simulate
+
+        return simulate
     raise AttributeError(f"module 'farflung' has no attribute {name!r}")

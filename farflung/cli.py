@@ -301,6 +301,11 @@ def demo(
     return run_demo(settings, json_path=json)
 
 
+app.command(
+    "farflung.sim.cli:app", name="sim", help="Simulate a swarm: time, utilisation, bytes, and what is in the way."
+)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status. Errors of the user and of the network are one line on stderr."""
     try:

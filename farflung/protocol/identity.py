@@ -30,10 +30,13 @@ class PeerId:
         if len(self.digest) != PEER_ID_BYTES:
             raise PeerError("?", f"a peer id has {PEER_ID_BYTES} bytes, got {len(self.digest)}")
 
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
     @staticmethod
     def of(public_key: bytes) -> PeerId:
         """The id that belongs to a public key."""
-        return PeerId(hashlib.sha256(b"farflung peer\0" + public_key).digest()[:PEER_ID_BYTES])
+        return _id_of(public_key)
 
     @staticmethod
     def parse(text: str) -> PeerId:
@@ -44,7 +47,7 @@ class PeerId:
             raise PeerError("?", f"not a peer id: {text[:40]!r}") from None
 
     def __str__(self) -> str:
-        return base64.b32encode(self.digest).decode("ascii").lower()
+        return _text_of(self.digest)
 
     def __repr__(self) -> str:
         return f"PeerId({self.short})"
@@ -53,6 +56,16 @@ class PeerId:
     def short(self) -> str:
         """Eight characters for people and logs."""
         return str(self)[:8]
+
+
+@lru_cache(maxsize=4096)
+def _id_of(public_key: bytes) -> PeerId:
+    return PeerId(hashlib.sha256(b"farflung peer\0" + public_key).digest()[:PEER_ID_BYTES])
+
+
+@lru_cache(maxsize=4096)
+def _text_of(digest: bytes) -> str:
+    return base64.b32encode(digest).decode("ascii").lower()
 
 
 class Identity:

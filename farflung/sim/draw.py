@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from farflung.protocol.errors import ConfigError
 
@@ -72,6 +73,27 @@ class Draw:
             case "choice":
                 return self.numbers[int(generator.integers(len(self.numbers)))]
         return first
+
+    def sample_many(self, generator: np.random.Generator, count: int) -> NDArray[np.float64]:
+        """`count` numbers from the stream, the same as one by one."""
+        first, last = self.numbers[0], self.numbers[-1]
+        match self.kind:
+            case "uniform":
+                return generator.uniform(first, last, count)
+            case "normal":
+                return np.maximum(0.0, generator.normal(first, last, count))
+            case "exponential":
+                return first * generator.standard_exponential(count)
+            case "weibull":
+                return last * generator.weibull(first, count)
+            case "fixed":
+                return np.full(count, first)
+        return np.array([self.sample(generator) for _ in range(count)], dtype=np.float64)
+
+    @property
+    def is_fixed(self) -> bool:
+        """Always the same: no stream needed."""
+        return self.kind == "fixed"
 
     def __str__(self) -> str:
         if self.kind == "fixed":

@@ -1,0 +1,85 @@
+"""What a model of any size costs: bytes of payload and state, seconds of every service. Nothing is allocated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from farflung.aggregation.outer import parse_outer
+from farflung.compression import parse_codec
+from farflung.protocol.schema import Schema, TensorSpec
+from farflung.sim.scenario import Scenario
+from farflung.sim.service_costs import ServiceCosts
+
+THREADS = 4
+"""Cores that a member's node has beside training; the measured table's own, four of a usual machine's eight."""
+
+RESTART_S = 10.0
+"""From a machine that comes back to a node that asks for the tip: torch and hivemind are imported, peers are found."""
+
+
+@dataclass(frozen=True)
+class Charges:
+    """Sizes in bytes, services in seconds, for one run's model."""
+
+    params: float
+    payload_bytes: float
+    """The codec's worst case, which its payloads have in fact: their length follows from the schema."""
+    state_bytes: float
+    """Anchor and outer buffers: what a joiner fetches and what a snapshot writes."""
+    private_bytes: float
+    """Error feedback, written beside every payload; 0 without."""
+    costs: ServiceCosts
+
+    @staticmethod
+    def of(scenario: Scenario) -> Charges:
+        """For a scenario. Raises ConfigError for a codec or rule whose cost nobody measured."""
+        run, params = scenario.run, int(scenario.model.params)
+        codec, outer = parse_codec(run.codec), parse_outer(run.outer)
+        schema = Schema((TensorSpec("model", (params,), "float32"),))
+        return Charges(
+            params=float(params),
+            payload_bytes=codec.bits(schema) * params / 8,
+            state_bytes=4.0 * params * (1 + outer.state_buffers),
+            private_bytes=4.0 * params if codec.spec.startswith("ef(") else 0.0,
+            costs=ServiceCosts(codec.spec, run.rule, run.outer, threads=THREADS),
+        )
+
+    @property
+    def remembers(self) -> bool:
+        """Whether the codec has error feedback: a late payload is then forfeited, otherwise its steps are kept."""
+        return self.private_bytes > 0
+
+    @property
+    def encode_s(self) -> float:
+        """Encode, and hash the payload."""
+        return self.costs.encode_s(self.params) + self.costs.hash_s(self.payload_bytes)
+
+    @property
+    def check_s(self) -> float:
+        """Hash and check one payload that arrived."""
+        return self.costs.check_s(self.params) + self.costs.hash_s(self.payload_bytes)
+
+    @property
+    def checked_bytes_per_s(self) -> float:
+        """What a member can receive and check, on all threads."""
+        return THREADS * self.payload_bytes / self.check_s
+
+    def apply_s(self, payloads: int) -> float:
+        """From payloads to a vote: decode, aggregate, outer step, digest of the state."""
+        return self.costs.apply_s(self.params, payloads)
+
+    def written_bytes(self) -> float:
+        """What a member writes before it announces: payload and error feedback."""
+        return self.payload_bytes + self.private_bytes
+
+    def catch_up_bytes(self, missed: int, index: int, round_bytes: float, snapshot_rounds: int) -> tuple[float, int]:
+        """What a member that has missed `missed` rounds fetches to enter round `index`, and how many rounds it replays.
+
+        The rule of the node's state sync: replay the payloads, unless a snapshot is smaller or they are too old.
+        """
+        if missed <= 0:
+            return 0.0, 0
+        if missed * round_bytes <= self.state_bytes and missed <= snapshot_rounds:
+            return missed * round_bytes, missed
+        since = (index - 1) % snapshot_rounds
+        return self.state_bytes + since * round_bytes, since

@@ -1,0 +1,197 @@
+"""How long work takes: published figures, closed-form means, and contention against a step-by-step oracle."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from farflung.aggregation.outer import parse_outer
+from farflung.aggregation.registry import parse_rule
+from farflung.compression.parse import codec_presets, parse_codec
+from farflung.protocol.errors import ConfigError
+from farflung.sim.compute import (
+    GPUS,
+    Slowdown,
+    StepTimes,
+    check_memory,
+    find_gpu,
+    memory_bytes,
+    step_time_s,
+    usual_layers,
+)
+from farflung.sim.rng import stream
+from farflung.sim.service_costs import NANOSECONDS, ServiceCosts
+
+
+@dataclass(frozen=True)
+class Pace:
+    step_s: float = 1.0
+    jitter: float = 0.0
+    busy_every_s: float = 0.0
+    busy_for_s: float = 0.0
+    busy_slowdown: float = 2.0
+
+
+def test_presets_are_dense_tensor_rates():
+    assert all(gpu.peak > 0 and gpu.memory_gb > 0 and 0 < gpu.mfu <= 0.6 for gpu in GPUS.values())
+    # GeForce: fp32 accumulation runs at twice the shader rate, on every generation
+    for name, shader in (("rtx-3090", 35.6), ("rtx-4090", 82.6), ("rtx-5090", 104.8), ("rtx-3060", 12.74)):
+        assert GPUS[name].peak / 1e12 == pytest.approx(2 * shader, rel=0.01)
+    # and not the figures "with sparsity", twice as high
+    assert {name: round(GPUS[name].peak / 1e12) for name in ("h100", "a100-80", "l40s")} == {
+        "h100": 989,
+        "a100-80": 312,
+        "l40s": 362,
+    }
+    with pytest.raises(ConfigError, match=r"rtx-4090.*got 'rtx-9999'"):
+        find_gpu("rtx-9999")
+
+
+def test_a_step_time_is_what_intellect_1_reports():
+    # arXiv:2412.01152: 10B, 8 H100 per node, MFU of 36 % and more, 38 min for 100 steps of 128 x 8192 tokens
+    assert step_time_s(10e9, 128 * 8192, 8 * GPUS["h100"].peak, 0.36) == pytest.approx(38 * 60 / 100, rel=0.05)
+
+
+@pytest.mark.parametrize("change", [{"params": 0.0}, {"tokens": -1.0}, {"peak": math.inf}, {"mfu": 0.0}, {"mfu": 1.01}])
+def test_an_impossible_step_time_is_refused(change):
+    with pytest.raises(ConfigError, match="got"):
+        step_time_s(**({"params": 1e9, "tokens": 1e4, "peak": 1e14, "mfu": 0.4} | change))
+
+
+def test_memory_is_sixteen_bytes_a_parameter_and_a_little():
+    assert memory_bytes(7.5e9) == pytest.approx(120e9)  # ZeRO's example (arXiv:1910.02054, §3)
+    assert [memory_bytes(1e9, name) / 1e9 for name in ("sgd", "momentum", "adamw-8bit")] == [8, 12, 10]
+    with_activations = memory_bytes(1e9, tokens=1e6)
+    assert 16e9 < with_activations < 17e9
+    assert with_activations == memory_bytes(1e9, tokens=2048)  # the rest is accumulated
+    assert memory_bytes(1e9, tokens=1e6, layers=200) > with_activations  # more to keep
+    assert usual_layers(175e9) == 96
+    assert usual_layers(1) == 1
+    with pytest.raises(ConfigError, match="got 'adagrad'"):
+        memory_bytes(1e9, "adagrad")
+
+
+def test_a_model_that_does_not_fit_is_refused_by_how_much():
+    check_memory(1e9, 24)
+    with pytest.raises(ConfigError, match=r"take 112\.0 GB.*88\.0 GB more.*got 24 GB"):
+        check_memory(7e9, 24)
+
+
+def test_without_jitter_a_step_takes_its_time():
+    times = StepTimes(Pace(step_s=0.25), stream(1))
+    assert [times.step_s(0.0), times.steps_s(3.0, 8), times.steps_s(3.0, 0)] == [0.25, 2.0, 0.0]
+    with pytest.raises(ConfigError, match="got 0"):
+        StepTimes(Pace(step_s=0.0), stream(1))
+
+
+def test_a_jittered_step_is_a_shifted_exponential():
+    times = StepTimes(Pace(step_s=2.0, jitter=0.3), stream(2))
+    steps = np.array([times.step_s(0.0) for _ in range(4000)])
+    assert steps.min() >= 2.0
+    assert steps.mean() == pytest.approx(2.0 * 1.3, rel=0.02)
+    ordered = np.sort(steps)
+    cdf = 1 - np.exp(-(ordered - 2.0) / 0.6)
+    assert np.abs(cdf - (np.arange(4000) + 0.5) / 4000).max() < 1.95 / math.sqrt(4000)
+
+
+def test_many_steps_at_once_are_distributed_as_one_by_one():
+    single, whole = StepTimes(Pace(jitter=0.5), stream(3)), StepTimes(Pace(jitter=0.5), stream(4))
+    one_by_one = np.array([sum(single.step_s(0.0) for _ in range(10)) for _ in range(1500)])
+    at_once = np.array([whole.steps_s(0.0, 10) for _ in range(1500)])
+    for values in (one_by_one, at_once):
+        assert values.mean() == pytest.approx(15.0, rel=0.01)
+        assert values.var() == pytest.approx(10 * 0.25, rel=0.15)
+    both = np.sort(np.concatenate([one_by_one, at_once]))
+    gap = np.searchsorted(np.sort(one_by_one), both, "right") - np.searchsorted(np.sort(at_once), both, "right")
+    assert np.abs(gap).max() / 1500 < 1.95 * math.sqrt(2 / 1500)
+
+
+def test_contention_slows_the_work_done_inside_an_episode():
+    pace = Pace(step_s=1.0, busy_every_s=30.0, busy_for_s=10.0, busy_slowdown=4.0)
+    times, probe = StepTimes(pace, stream(5)), StepTimes(pace, stream(5))
+    took_s = times.steps_s(17.0, 200)
+    # oracle: walk the same clock in small ticks
+    tick_s, now_s, done = 0.001, 17.0, 0.0
+    while done < 200:
+        done += tick_s / probe.factor(now_s + tick_s / 2)
+        now_s += tick_s
+    assert took_s == pytest.approx(now_s - 17.0, abs=0.05)
+    assert took_s > 250
+
+
+def test_the_long_run_pace_is_the_documented_one():
+    pace = Pace(step_s=1.0, busy_every_s=30.0, busy_for_s=10.0, busy_slowdown=4.0)
+    steps = sum(20000 / StepTimes(pace, stream(seed)).steps_s(0.0, 20000) for seed in range(4)) / 4
+    assert steps == pytest.approx((30 + 10 / 4) / 40, rel=0.02)
+    busy_at_first = sum(StepTimes(pace, stream(seed)).factor(0.0) > 1 for seed in range(800))
+    assert busy_at_first == pytest.approx(200, abs=40)  # a quarter of the time, also at 0
+
+
+def test_episodes_do_not_depend_on_who_asks_when():
+    pace = Pace(step_s=1.0, jitter=0.2, busy_every_s=5.0, busy_for_s=5.0)
+    asked, late = StepTimes(pace, stream(6)), StepTimes(pace, stream(6))
+    for now_s in range(0, 900, 7):
+        asked.steps_s(float(now_s), 3)
+    assert [asked.factor(t) for t in np.arange(0, 1000, 0.5)] == [late.factor(t) for t in np.arange(0, 1000, 0.5)]
+
+
+def test_slowdowns_multiply_with_contention():
+    slow = (Slowdown(10.0, 20.0, 2.0), Slowdown(15.0, math.inf, 3.0))
+    times = StepTimes(Pace(), stream(7), slow)
+    assert [times.factor(t) for t in (0.0, 10.0, 15.0, 20.0, 99.0)] == [1.0, 2.0, 6.0, 3.0, 3.0]
+    # 10 s undisturbed, 5 s at half, 5 s at a sixth, the rest at a third
+    assert times.steps_s(0.0, 14) == pytest.approx(20 + 3 * (14 - 10 - 5 / 2 - 5 / 6))
+    again = StepTimes(Pace(busy_every_s=1.0, busy_for_s=1.0), stream(8), slow)
+    assert {again.factor(t) for t in np.arange(15, 19.9, 0.05)} == {6.0, 12.0}
+
+
+@pytest.mark.parametrize("spec", [*codec_presets(), "topk(16/256)|int8", "q2(block=128)"])
+def test_no_codec_is_free(spec):
+    costs = ServiceCosts(spec)
+    canonical = ServiceCosts(parse_codec(spec).spec)
+    for cost in (ServiceCosts.encode_s, ServiceCosts.decode_s, ServiceCosts.check_s):
+        assert 0.1 < cost(costs, 1e9) < 100  # a billion parameters: a fraction of a second to a minute
+        assert cost(costs, 1e9) == cost(canonical, 1e9) == 2 * cost(costs, 5e8)
+
+
+@pytest.mark.parametrize("spec", ["lowrank(4)", "ef(1)|", "topk(64/4096)", "topk(64/4096)|lowrank(4)", "q2|rice", ""])
+def test_an_unmeasured_codec_is_refused(spec):
+    with pytest.raises(ConfigError, match="service_costs"):
+        ServiceCosts(spec)
+
+
+def test_costs_add_up_from_their_parts():
+    plain, fed = ServiceCosts("q2"), ServiceCosts("ef(1)|q2")
+    assert plain.encode_s(1e9) == pytest.approx(NANOSECONDS["q2.encode"])
+    assert fed.encode_s(1e9) == pytest.approx(plain.encode_s(1e9) + plain.decode_s(1e9) + NANOSECONDS["ef"])
+    mean = [plain.aggregate_s(1e9, n) for n in (0, 1, 2, 3)]
+    assert mean[0] == 0.0
+    assert mean[3] - mean[2] == pytest.approx(mean[2] - mean[1])
+    assert mean[2] - mean[1] == pytest.approx(plain.decode_s(1e9) + NANOSECONDS["mean.row"])
+    assert plain.apply_s(1e9, 3) == pytest.approx(mean[3] + plain.outer_step_s(1e9) + plain.hash_s(8e9))
+    assert ServiceCosts("q2", outer="sgd(lr=1.0)").apply_s(1e9, 3) < plain.apply_s(1e9, 3)
+    assert ServiceCosts("topk(64/4096)|q2").aggregate_s(1e9, 9) < ServiceCosts("q2").aggregate_s(1e9, 9) * 3
+
+
+def test_a_median_costs_more_than_a_mean_and_faster_than_linear():
+    median, mean = ServiceCosts("q2", parse_rule("median(f=1)").spec), ServiceCosts("q2")
+    assert median.aggregate_s(1e9, 5) > mean.aggregate_s(1e9, 5)
+    assert median.aggregate_s(1e9, 32) > 2 * median.aggregate_s(1e9, 16)
+
+
+def test_threads_and_speed_divide_what_they_apply_to():
+    outer = parse_outer("nesterov(lr=0.7,momentum=0.6)").spec
+    one = ServiceCosts("ef(1)|q2", "mean", outer)
+    two = ServiceCosts("ef(1)|q2", "mean", outer, threads=2, speed=3.0)
+    assert two.encode_s(1e9) == pytest.approx(one.encode_s(1e9) / 3)  # one thread
+    assert two.hash_s(1e9) == pytest.approx(one.hash_s(1e9) / 3)
+    assert two.apply_s(1e9, 4) == pytest.approx(one.apply_s(1e9, 4) / 6)
+
+
+@pytest.mark.parametrize("change", [{"threads": 0}, {"speed": 0.0}, {"outer": "adam"}, {"rule": "krum(f=1)"}])
+def test_impossible_service_costs_are_refused(change):
+    with pytest.raises(ConfigError, match="got"):
+        ServiceCosts("q2", **change)
