@@ -8,7 +8,7 @@ when they come quickly.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from farflung.node.blob_state import (
     ALL,
@@ -64,8 +64,9 @@ class Plan:
         self._weights = relay_weights(rates)
         mean = sum(self._weights.values()) / len(self._weights)
         self._slow = {peer for peer, weight in self._weights.items() if weight < 0.5 * mean}
+        ordered = sorted(self._weights)
         for download in self.downloads.values():
-            download.share_out(sorted(self._weights), self._weights)
+            download.share_out(ordered, self._weights)
 
     def begin(self, ref: BlobRef, origin: PeerId | None, have: Iterable[int], now_s: float) -> Download:
         """Want a blob."""
@@ -143,7 +144,7 @@ class Plan:
             download.moved_s = now_s
             if call.peer == download.origin and not download.relays[index]:
                 download.fresh(now_s)
-        others = self._calls_of(download) if several else ()
+        others = download.calls if several else ()
         return [other for other in others if not other.left & download.missing and other is not call]
 
     def ended(self, call: Call) -> None:
@@ -152,6 +153,7 @@ class Plan:
         calls = self.peers[call.peer].calls
         if call in calls:
             calls.remove(call)
+            call.download.calls.remove(call)
 
     def _release(self, call: Call, mask: int) -> None:
         download = call.download
@@ -179,25 +181,24 @@ class Plan:
     def next_calls(self, now_s: float) -> list[Call]:
         """Calls to make now. Each has been counted as in flight."""
         made: list[Call] = []
+        # Of n downloads from n peers few have anything to be asked for at a time: looked up once, not for every peer.
+        wanting = [download for download in self.downloads.values() if download.missing & ~download.in_flight]
+        slow = [call for download in self.downloads.values() for call in download.calls if _may_be_late(call, now_s)]
+        if not wanting and not slow:
+            return made
         for peer, state in self.peers.items():
             while state.wanted and state.cool_until_s <= now_s and len(state.calls) < CALLS_PER_PEER:
-                call = self._choose(peer, state, now_s) or self._duplicate(peer, state, now_s)
+                call = self._choose(peer, state, wanting, now_s) or self._duplicate(peer, state, slow, now_s)
                 if call is None:
                     break
                 made.append(call)
         return made
 
-    def _askable(self, peer: PeerId, state: Peer, now_s: float) -> Iterator[tuple[Download, int]]:
-        for digest, download in self.downloads.items():
-            held = state.holds.get(digest, 0) & download.missing
-            if held and download.refused.get(peer, 0.0) <= now_s:
-                yield download, held
-
-    def _choose(self, peer: PeerId, state: Peer, now_s: float) -> Call | None:
+    def _choose(self, peer: PeerId, state: Peer, wanting: Sequence[Download], now_s: float) -> Call | None:
         best: tuple[tuple[int, int], Download, list[tuple[int, int, int]]] | None = None
-        for download, held in self._askable(peer, state, now_s):
-            free = held & ~download.in_flight
-            if not free:
+        for download in wanting:
+            free = state.holds.get(download.ref.digest, 0) & download.missing & ~download.in_flight
+            if not free or download.refused.get(peer, 0.0) > now_s:
                 continue
             allowed = list(self._allowed(peer, download, free, now_s))
             ranked = sorted((download.relays[index], mix(index, download.salt), index) for index in allowed)
@@ -242,21 +243,19 @@ class Plan:
         salt = int.from_bytes(download.ref.digest[8:16], "big")
         return bool(standing) and standing[mix(index, salt) % len(standing)] == self.me
 
-    def _duplicate(self, peer: PeerId, state: Peer, now_s: float) -> Call | None:
+    def _duplicate(self, peer: PeerId, state: Peer, slow: Sequence[Call], now_s: float) -> Call | None:
         """A chunk whose call has stalled elsewhere, asked for a second time."""
-        for download, held in self._askable(peer, state, now_s):
-            late = held & download.in_flight
-            for other in self._calls_of(download) if late else ():
-                moves = other.peer == peer or now_s < other.last_s + PATIENCE_S_MIN
-                if moves or now_s < self._late_s(other, peer):
-                    continue
-                wanted = [index for index in bits(other.left & late) if download.copies.get(index, 0) < 2]
-                if wanted:
-                    return self._ask(peer, state, download, wanted[:1], now_s)
+        for other in slow:
+            download = other.download
+            late = state.holds.get(download.ref.digest, 0) & other.left & download.missing
+            if not late or other.peer == peer or download.refused.get(peer, 0.0) > now_s:
+                continue
+            if now_s < self._late_s(other, peer):
+                continue
+            wanted = [index for index in bits(late) if download.copies.get(index, 0) < 2]
+            if wanted:
+                return self._ask(peer, state, download, wanted[:1], now_s)
         return None
-
-    def _calls_of(self, download: Download) -> Iterator[Call]:
-        return (call for state in self.peers.values() for call in state.calls if call.download is download)
 
     def _late_s(self, call: Call, helper: PeerId) -> float:
         """When `helper` may be asked for what `call` has not brought: sooner if it is much quicker, and no origin."""
@@ -277,6 +276,7 @@ class Plan:
         download.in_flight |= mask
         call = Call(peer, download, mask, tuple(sorted(chunks)), now_s, now_s)
         state.calls.append(call)
+        download.calls.append(call)
         return call
 
     def idle_s(self, call: Call) -> float:
@@ -288,13 +288,20 @@ class Plan:
         """When to look again if nothing happens before: the next moment at which somebody's patience ends."""
         times = [state.cool_until_s for state in self.peers.values()]
         helpers = [state for state in self.peers.values() if len(state.calls) < CALLS_PER_PEER]
+        speeds = [helper.chunk_s(1) for helper in helpers]
+        byte_s = min((speed for speed in speeds if speed is not None), default=None)
         for download in self.downloads.values():
             times += [*download.wake_s(now_s), *download.refused.values()]
-            speeds = [helper.chunk_s(download.ref.chunk_bytes) for helper in helpers]
-            quickest_s = min((speed for speed in speeds if speed is not None), default=None)
-            for call in self._calls_of(download) if helpers else ():
-                times += [self._late_by_s(call, None), self._late_by_s(call, quickest_s)]
+            quickest_s = None if byte_s is None else byte_s * download.ref.chunk_bytes
+            for call in download.calls if helpers else ():
+                sooner_s = self._late_by_s(call, quickest_s)
+                times.append(sooner_s if sooner_s > now_s else self._late_by_s(call, None))
         return min((time_s for time_s in times if time_s > now_s), default=now_s + PATIENCE_S_MAX)
+
+
+def _may_be_late(call: Call, now_s: float) -> bool:
+    """Whether a call has not moved for as long as anybody has patience at least."""
+    return now_s >= call.last_s + PATIENCE_S_MIN
 
 
 def _window(mask: int) -> int:

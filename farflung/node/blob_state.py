@@ -117,6 +117,8 @@ class Download:
         self.in_flight = 0
         self.relays = [0] * ref.chunks
         """How many peers other than the origin hold each chunk."""
+        self.calls: list[Call] = []
+        """Those under way."""
         self.refused: dict[PeerId, float] = {}
         """Peers not to be asked for this blob until then; liars for ever."""
         self.owners: list[PeerId] = []

@@ -50,6 +50,9 @@ WATCH_AGAIN_S, WATCH_AGAIN_S_MAX = 0.25, 2.0
 _PUMP_SHARE = 4
 """Deciding may take one part in this of the event loop's time, however many chunks arrive."""
 
+_PUMP_PAIR_S = 2e-6
+"""Deciding waits at least this for every peer and download, to hear of several chunks at once: 3 ms among 40."""
+
 _log = logging.getLogger(__name__)
 _UNREACHABLE = (ConnectionError, TimeoutError)
 T = TypeVar("T")
@@ -244,7 +247,8 @@ class BlobExchange:
 
     def _look_around(self) -> None:
         """Read the callers' lists of peers again, and watch whoever is new."""
-        records = {record.peer_id: record for wanted in self._wanted.values() for record in wanted.peers()}
+        lists = dict.fromkeys(wanted.peers for wanted in self._wanted.values())  # mostly one, for many blobs
+        records = {record.peer_id: record for peers in lists for record in peers()}
         self._plan.members(records.values())
         gone = [peer for peer, state in self._plan.peers.items() if not state.wanted and not state.calls]
         for peer in gone if len(self._plan.peers) > 2 * limits.MEMBERS_MAX else ():
@@ -301,7 +305,8 @@ class BlobExchange:
             for call in self._plan.next_calls(now_s):
                 self._calls[call] = self._spawn(self._run_call(call), f"fetch {call.download.ref.short}")
             took_s = self._clock.now_s() - now_s
-            await asyncio.sleep(_PUMP_SHARE * took_s)
+            pairs = len(self._plan.peers) * len(self._plan.downloads)
+            await asyncio.sleep(max(_PUMP_SHARE * took_s, _PUMP_PAIR_S * pairs))
             wait_s = min(self._plan.wake_s(now_s), looked_s + LOOK_AGAIN_S) - self._clock.now_s()
             await _within(max(wait_s, 0.001), self._changed.wait())
 

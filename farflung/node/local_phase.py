@@ -7,7 +7,7 @@ state, and training adopts the new anchor plainly; what was not stays in the par
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from farflung.aggregation.outer import norm
 from farflung.node.anchor import Anchor
@@ -53,6 +53,8 @@ class LocalPhase:
         """Whether the latest result was refused by the screen: then nothing of it may stay, however it ends."""
         self._announced = self._hurried = 0
         """The latest round in which this was done."""
+        self._unsettled = 0
+        """The round in which something was announced whose fate is not known yet; 0: none."""
 
     def restore(self) -> None:
         """Take the error feedback back from disk, where the last encoding left it."""
@@ -100,7 +102,7 @@ class LocalPhase:
         """Whether what was just encoded can still be announced. If not, what was sent of it is forfeited."""
         result, self._speaking = self._speaking, None
         if result is not None and result.round_index == machine.round_index and machine.wants_steps:
-            self._announced = result.round_index
+            self._announced = self._unsettled = result.round_index
             return True
         self._settle(Verdict(0.0, Reason.LATE))
         return False
@@ -113,7 +115,19 @@ class LocalPhase:
             self._settle(verdicts.get(self._me, Verdict(0.0, Reason.ABSTAINED if abstained else Reason.LATE)))
         return mine is not None
 
+    def overtaken(self, manifest_of: Callable[[int], Manifest], tip: int) -> None:
+        """The chain was fetched up to round `tip`: what it did with my own row counts, though I did not apply it.
+
+        Its share is not known here, and no codec needs it. A row that the rule cut is forfeited, which is what encoding
+        has left behind already.
+        """
+        if not 0 < self._unsettled <= tip:
+            return
+        manifest = manifest_of(self._unsettled)
+        self.judge(manifest, {item.peer_id: Verdict(0.0, Reason.KEPT) for item in manifest.payloads})
+
     def _settle(self, verdict: Verdict) -> None:
+        self._unsettled = 0
         self.private = self._anchor.codec.observe(self.private, verdict)
         remembers = bool(self._anchor.codec.private_tensors(self.private))
         self._keep = verdict.reason is Reason.LATE and not remembers and not self._wild

@@ -67,11 +67,10 @@ class Peers:
 
     def record_of(self, peer: PeerId) -> PeerRecord | None:
         """A peer's live record; asking for an unknown one makes the search hurry."""
-        for record in self.book.live(self._clock.unix_ms()):
-            if record.peer_id == peer:
-                return record
-        self._hurry.set()
-        return None
+        record = self.book.get(peer, self._clock.unix_ms())
+        if record is None:
+            self._hurry.set()
+        return record
 
     def others(self) -> list[PeerRecord]:
         """Everybody known but this member, callable ones only."""

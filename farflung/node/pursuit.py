@@ -5,6 +5,7 @@ from __future__ import annotations
 from farflung.node.audit import Audit
 from farflung.node.peers import Peers
 from farflung.node.runtime import Transport
+from farflung.node.state_sync import last_dropped_round
 from farflung.protocol.certificate import Certificate, check_certificate, decode_certificate
 from farflung.protocol.errors import PeerError
 from farflung.protocol.genesis import Genesis
@@ -53,7 +54,10 @@ class Pursuit:
                 check_certificate(certificate, parent, self._genesis, payload_bytes_max=limit)
                 self._ahead[certificate.manifest.round_index] = certificate
                 parent = certificate.manifest
-            return bool(chain)
+            next_one = self._ahead.get(machine.round_index)
+            dropped = machine.round_index <= last_dropped_round(self._genesis, parent)
+            self.hopeless = dropped and next_one is not None and bool(machine.missing(next_one.manifest))
+            return bool(chain) and not self.hopeless
         except (PeerError, TimeoutError, ConnectionError) as error:
             self._audit.note(f"catching up from {peer.short}: {error}", round_index=machine.round_index)
             return False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from itertools import islice
 
 from farflung.protocol import limits
@@ -35,6 +35,8 @@ class RecordBook:
         self.run_id = run_id
         self.kept: Collection[PeerId] = frozenset()
         self._held: dict[PeerId, tuple[PeerRecord, bytes]] = {}
+        self._ordered: tuple[int, int, Sequence[tuple[PeerRecord, bytes]]] = (0, 0, ())
+        """Between which times (Unix, ms) the list of those current is right, and the list."""
 
     def add(self, data: bytes, unix_ms: int) -> PeerRecord:
         """Merge one encoded record; returns it. Raises PeerError if it is forged, expired or from the far future."""
@@ -44,6 +46,7 @@ class RecordBook:
         held = self._held.get(record.peer_id)
         if held is None or (held[0].issued_ms, held[1]) < (record.issued_ms, data):
             self._held[record.peer_id] = (record, data)
+            self._ordered = (0, 0, ())
             self._trim()
         return record
 
@@ -63,9 +66,20 @@ class RecordBook:
             last = min(self._held.values(), key=lambda one: (one[0].peer_id in self.kept, one[0].issued_ms, one[1]))
             del self._held[last[0].peer_id]
 
-    def _live(self, unix_ms: int) -> list[tuple[PeerRecord, bytes]]:
-        self._held = {peer: one for peer, one in self._held.items() if _current(one[0], unix_ms)}
-        return [self._held[peer] for peer in sorted(self._held)]
+    def _live(self, unix_ms: int) -> Sequence[tuple[PeerRecord, bytes]]:
+        """What is current, by peer id; made anew when a record came, a lease ended, or the clock was set back."""
+        from_ms, until_ms, ordered = self._ordered
+        if not from_ms <= unix_ms < until_ms:
+            self._held = {peer: one for peer, one in self._held.items() if _current(one[0], unix_ms)}
+            ordered = [self._held[peer] for peer in sorted(self._held, key=lambda peer: peer.digest)]
+            until_ms = min((expires_ms(record) for record, _ in ordered), default=unix_ms + 1)
+            self._ordered = (unix_ms, until_ms, ordered)
+        return ordered
+
+    def get(self, peer: PeerId, unix_ms: int) -> PeerRecord | None:
+        """A peer's record, if its lease runs."""
+        held = self._held.get(peer)
+        return held[0] if held is not None and _current(held[0], unix_ms) else None
 
     def live(self, unix_ms: int) -> list[PeerRecord]:
         """Records whose lease runs, by peer id."""

@@ -26,7 +26,7 @@ from farflung.node.peers import Peers
 from farflung.node.pursuit import Pursuit
 from farflung.node.report import describe
 from farflung.node.runtime import Clock, Transport
-from farflung.node.state_sync import StateSync, payload_bytes_max, read_payloads
+from farflung.node.state_sync import SNAPSHOT_S, StateSync, payload_bytes_max, read_payloads
 from farflung.node.store import RunStore
 from farflung.protocol.blob import BlobRef
 from farflung.protocol.certificate import Certificate
@@ -140,6 +140,7 @@ class Node:
                 self._forget_fetches()
                 async with self._trying:
                     tip = await self.sync.reach_tip(self._pool)
+                self.local.overtaken(lambda index: self.sync.certificate(index).manifest, tip.manifest.round_index)
                 for source in self.sync.kept_sources():
                     self.parts.exchange.offer(source)
                 await self._enter(tip)
@@ -322,8 +323,14 @@ class Node:
 
     async def _get_payload(self, announcement: Announcement, ref: BlobRef) -> None:
         peer, round_index = announcement.peer_id, self._round
-        if self.store.blob(ref.digest) is None:
-            await self.parts.exchange.fetch(ref, origin=peer, peers=self.parts.peers.members)
+        while self.store.blob(ref.digest) is None:
+            members = self.parts.peers.members
+            try:
+                await self.parts.exchange.fetch(ref, origin=peer, peers=members, deadline_s=SNAPSHOT_S)
+            except TimeoutError:
+                if self.machine is not None and self.machine.certificate is not None:
+                    self._lost.set()  # the round is long over for others: they may have dropped its payloads
+                    return
         held = self.store.blob(ref.digest)
         if held is None:
             raise LocalError(f"a fetched payload is not on disk: {ref.short}")
@@ -426,7 +433,8 @@ class Node:
         """Who should hear what this member says: the round's members, and those who ask to become some."""
         machine = self.machine
         assert machine is not None
-        return sorted(({*machine.parent.member_of} | {*machine.attendance.joins}) - {self.me})
+        audience = ({*machine.parent.member_of} | {*machine.attendance.joins}) - {self.me}
+        return sorted(audience, key=lambda peer: peer.digest)
 
     def _envelope(self, slot: Slot, statement: Statement) -> bytes:
         return encode_message(self.parts.identity, slot.run_id, slot.round_index, slot.parent, statement)

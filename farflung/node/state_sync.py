@@ -41,7 +41,7 @@ FIND_S = 60.0
 """How long a joiner looks for any member before it gives up."""
 
 SNAPSHOT_S = 120.0
-"""After this long it is asked anew who has which snapshot; what has come of the same one is kept."""
+"""After this long it is asked anew who has which snapshot; what has come of a state or of a payload is kept."""
 
 RETRY_S = 0.5
 """Between two rounds of asking everybody known."""
@@ -69,14 +69,19 @@ class StateSync:
         Raises TooFewPeers if nobody could be reached and the disk has no chain either, PeerError if what was fetched
         does not lead from genesis to a state that its certificate names.
         """
+        stuck = False
         while True:
-            tip = await self._reach_chain_tip()
-            await self._reach_state(tip, pool)
-            newest = await self._reach_chain_tip()
-            if newest.manifest.round_index - tip.manifest.round_index <= ROUNDS_BEHIND_MAX:
-                if newest.manifest.round_index > tip.manifest.round_index:
-                    await self._replay(tip.manifest.round_index, newest.manifest.round_index, pool)
-                return newest
+            await self._reach_chain_tip()
+            try:
+                reached = await self._reach_state(pool, stuck=stuck)
+                newest = await self._reach_chain_tip()
+                if newest.manifest.round_index - reached <= ROUNDS_BEHIND_MAX:
+                    await self._replay(reached, newest.manifest.round_index, pool)
+                    return newest
+                stuck = False
+            except TimeoutError:
+                log.info("payloads of old rounds do not come: others may have dropped them; asking for a newer state")
+                stuck = True
 
     # -- the chain ----------------------------------------------------------------------------------------------------
 
@@ -134,27 +139,38 @@ class StateSync:
 
     # -- the state ----------------------------------------------------------------------------------------------------
 
-    async def _reach_state(self, tip: Certificate, pool: Executor) -> None:
-        goal = tip.manifest.round_index
-        start = await self._in(pool, self._load_best_here, goal)
-        while self._should_fetch(start, goal):
-            offer = await self._best_snapshot(after=-1 if start is None else start, goal=goal)
+    async def _reach_state(self, pool: Executor, *, stuck: bool) -> int:
+        """Bring the anchor to the end of the chain on disk; returns its round. `stuck`: replaying did not work.
+
+        Raises TimeoutError if a payload does not come.
+        """
+        start = await self._in(pool, self._load_best_here, self._chain_end)
+        while stuck or self._should_fetch(start, self._chain_end):
+            offer = await self._best_snapshot(after=-1 if start is None else start)
             if offer is None:
                 break
             try:
-                start = await self._fetch_snapshot(*offer, pool)
+                start, stuck = await self._fetch_snapshot(*offer, pool), False
             except TimeoutError:
                 log.info("the state of round %d is slow to come; asking again who has which", offer[0])
         if start is None:
             raise TooFewPeers("no member could give a state to start from")
+        goal = self._chain_end
         await self._replay(start, goal, pool)
+        return goal
+
+    @property
+    def _chain_end(self) -> int:
+        """The newest round whose certificate is on disk."""
+        return self.store.certificates.next_round - 1
 
     def _should_fetch(self, start: int | None, goal: int) -> bool:
         """Whether a snapshot is better than replaying: there is nothing to replay on, it is smaller than the payloads
         that are missing here, or these are so old that others have dropped them."""
         if start is None or self._replay_bytes(start, goal) > self._state_size:
             return True
-        return self._replay_bytes(start, goal) > 0 and goal - start > self.genesis.snapshot_rounds
+        old = start < last_dropped_round(self.genesis, self.certificate(goal).manifest)
+        return self._replay_bytes(start, goal) > 0 and (old or goal - start > self.genesis.snapshot_rounds)
 
     def _load_best_here(self, goal: int) -> int | None:
         """The newest state this machine has: what the anchor holds, a snapshot, or θ₀."""
@@ -202,18 +218,20 @@ class StateSync:
                     total += item.payload.size
         return total
 
-    async def _best_snapshot(self, *, after: int, goal: int) -> tuple[int, BlobRef] | None:
-        """The newest snapshot any member offers that this chain vouches for."""
+    async def _best_snapshot(self, *, after: int) -> tuple[int, BlobRef] | None:
+        """The newest snapshot any member offers that the chain vouches for; the chain grows with what it is ahead."""
         best: tuple[int, BlobRef] | None = None
         size = self._state_size
         for record in self.peers.others():
             try:
                 index, ref = await self.transport.snapshot(record, deadline_s=CALL_S)
+                if index > self._chain_end:
+                    await self._extend_chain(record)
             except (PeerError, TimeoutError, ConnectionError) as error:
                 log.info("no snapshot from %s: %s", record.peer_id.short, error or type(error).__name__)
                 continue
             sound = (
-                after < index <= goal
+                after < index <= self._chain_end
                 and (ref.size, ref.chunk_bytes) == (size, choose_chunk_bytes(size))
                 and self._vouched(index, ref)
             )
@@ -259,8 +277,9 @@ class StateSync:
             await self._in(pool, self._apply, certificate)
 
     async def _have(self, ref: BlobRef | None) -> None:
+        """Raises TimeoutError: perhaps everybody has dropped it. What has come of it is kept."""
         if ref is not None and self.store.blob(ref.digest) is None:
-            await self.exchange.fetch(ref, origin=None, peers=self.peers.others)
+            await self.exchange.fetch(ref, origin=None, peers=self.peers.others, deadline_s=SNAPSHOT_S)
 
     def _apply(self, certificate: Certificate) -> None:
         trial = self.anchor.try_out(certificate.manifest, read_payloads(self.store, certificate.manifest))
@@ -310,6 +329,14 @@ class StateSync:
 
     async def _in(self, pool: Executor, function: Callable[..., Any], *arguments: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(pool, function, *arguments)
+
+
+def last_dropped_round(genesis: Genesis, tip: Manifest) -> int:
+    """The latest round whose payloads members at `tip` may have dropped: that of the older one of their two newest
+    snapshots. The last round of a run has one of its own."""
+    each, over = genesis.snapshot_rounds, 0 < genesis.rounds <= tip.trained
+    newest = tip.round_index if over else tip.round_index // each * each
+    return max(0, (newest - 1) // each * each)
 
 
 def read_payloads(store: RunStore, manifest: Manifest) -> list[bytes]:
