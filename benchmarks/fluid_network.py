@@ -147,7 +147,9 @@ def main() -> None:
     for row in rows:
         if row["solver"] == "auto":
             # on a machine that others use, the CPU's seconds are the ones that say what this costs
-            text = f"{row['case']}: {row['transfers/CPU s']:,.0f} of {row['goal']:,.0f} transfers per CPU second"
+            setting = f"{row['windows']} windows, {'with' if row['acks'] == 'yes' else 'without'} acknowledgements"
+            reached = f"{row['transfers/CPU s']:,.0f} of {row['goal']:,.0f} transfers per CPU second"
+            text = f"{row['case']}, {setting}: {reached}"
             console.print(goal(text, row["transfers/CPU s"] >= row["goal"]))
 
 

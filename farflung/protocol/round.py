@@ -299,10 +299,17 @@ class RoundMachine:
         if manifest is None:
             if self.attendance.closed_s is None:
                 return
-            manifest = self.attendance.draft(self.me.peer_id)
+            manifest = self._begun() or self.attendance.draft(self.me.peer_id)
         self.ballot.proposals[view] = manifest
         self.view_ends_s = now_s + self.pace.view_s(view)
         self._out += [Persist("proposal", Proposal(view, manifest)), Broadcast(self.slot, Proposal(view, manifest))]
+
+    def _begun(self) -> Manifest | None:
+        """An earlier view's proposal that I am applying: proposed again, nobody's work on it is lost."""
+        earlier = self.ballot.proposals
+        return next(
+            (earlier[view] for view in sorted(earlier, reverse=True) if earlier[view].digest == self.staging), None
+        )
 
     def _time_out(self, now_s: float) -> None:
         """Move to the next view when mine took too long, or to one in which somebody waits already."""
@@ -371,7 +378,7 @@ class RoundMachine:
         attendance = self.attendance
         if attendance.spoken_s is not None:
             self.pace.speak.observe(attendance.spoken_s - attendance.started_s)
-        if attendance.closed_s is not None and self.ballot.view == 0:
+        if attendance.closed_s is not None:  # over all views: where all time out because applying takes long, it grows
             self.pace.certify.observe(now_s - attendance.closed_s)
 
     def _resend(self, now_s: float) -> None:

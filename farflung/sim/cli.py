@@ -14,13 +14,9 @@ from cyclopts import App, Parameter
 from farflung.protocol.errors import ConfigError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.progress import Progress, TaskID
-
-    from farflung.sim.explore import Exploration
     from farflung.sim.results import RunResult
     from farflung.sim.scenario import Scenario
-    from farflung.sim.sweep import Job, Outcome
+    from farflung.sim.sweep import Outcome
 
 FOLDER = Path("farflung-sim")
 """Reports go into a folder of the scenario's name in here, in the current one."""
@@ -80,15 +76,18 @@ def run(
         raise ConfigError("name a preset or a scenario file; `farflung sim --list` names the presets, got none")
     if seeds < 1:
         raise ConfigError(f"--seeds is at least 1, got {seeds}")
+    from farflung.sim.cli_progress import run_all
     from farflung.sim.scenario_file import load_scenario, scenario_folder
     from farflung.sim.sweep import make_jobs, parse_sweep
 
     loaded = load_scenario(scenario)
     sweeps = [parse_sweep(text) for text in sweep]
     work = make_jobs(loaded, seeds=range(seed, seed + seeds), sweeps=sweeps, folder=scenario_folder(scenario))
-    if log is not None and len(work) > 1:
-        raise ConfigError(f"--log is for a single run: take one seed and no sweep, got {len(work)} runs")
-    outcome = _run_all(work, loaded.name, workers=jobs, engine=engine, log=log, plain=plain)
+    if log is not None and (len(work) > 1 or engine == "ray"):
+        raise ConfigError(
+            f"--log is for a single run in this process: one seed and no sweep, got {len(work)} by {engine}"
+        )
+    outcome = run_all(work, loaded.name, workers=jobs, engine=engine, log=log, plain=plain)
     if outcome.results and json:
         print(json_text.dumps([facts_of(result) for result in outcome.results], indent=2))
     if outcome.results and (out is not None or not json):
@@ -254,6 +253,7 @@ def explore(
     """
     if seeds < 1 or seed < 0:
         raise ConfigError(f"--seeds is at least 1 and --seed at least 0, got {seeds} and {seed}")
+    from farflung.sim.cli_progress import explore_all
     from farflung.sim.explore import Exploration
     from farflung.sim.explore import replay as run_again
 
@@ -261,7 +261,7 @@ def explore(
         again = run_again(replay)
         found = Exploration(1, (again,) if again is not None else ())
     else:
-        found = _explore(range(seed, seed + seeds), jobs=jobs, plain=plain)
+        found = explore_all(range(seed, seed + seeds), jobs=jobs, plain=plain)
     if json:
         violations = [asdict(item) for item in found.violations]
         print(json_text.dumps({"seeds": found.seeds, "violations": violations}, indent=2))
@@ -279,19 +279,6 @@ def facts_of(result: RunResult) -> dict[str, Any]:
     return _finite(facts)  # type: ignore[no-any-return]
 
 
-def _explore(seeds: range, *, jobs: int, plain: bool) -> Exploration:
-    from rich.console import Console
-
-    from farflung.sim.explore import explore
-
-    console = Console(stderr=True)
-    if plain or not console.is_terminal:
-        return explore(seeds, jobs=jobs)
-    with _bar(console) as bar:
-        task = bar.add_task("exploring", total=len(seeds))
-        return explore(seeds, jobs=jobs, progress=lambda done, _: bar.update(task, completed=done))
-
-
 def _list() -> int:
     from farflung.sim.scenario_file import presets
 
@@ -300,70 +287,6 @@ def _list() -> int:
     for item in known:
         print(f"{item.name:<{width}}  {item.fidelity:<{kinds}}  {item.summary}")
     return 0
-
-
-def _run_all(work: list[Job], name: str, *, workers: int, engine: str, log: Path | None, plain: bool) -> Outcome:
-    """Progress on stderr, so that stdout is the answer alone: a bar with the time left, or a line per run."""
-    from functools import partial
-
-    from rich.console import Console
-
-    from farflung.sim.sweep import run_group, run_sweep
-
-    console = Console(stderr=True)
-    if plain or not console.is_terminal:
-        lines = _Lines(len(work))
-        return run_sweep(work, workers=workers, engine=engine, done=lines.done, work=partial(run_group, log=log))
-    with _bar(console) as bar:
-        moving = _Moving(bar, bar.add_task(name, total=len(work)))
-        alone = len(work) == 1 or workers == 1
-        todo = partial(run_group, log=log, tell=moving.tell) if alone else run_group
-        return run_sweep(work, workers=workers, engine=engine, done=moving.done, work=todo)
-
-
-class _Lines:
-    """A line for each run that is done."""
-
-    def __init__(self, total: int) -> None:
-        self.count, self.total = 0, total
-
-    def done(self, job: Job, end: object) -> None:
-        """A run is over."""
-        self.count += 1
-        note = f" failed: {end}" if isinstance(end, Exception) else ""
-        print(f"{self.count}/{self.total} {job.title}{note}", file=sys.stderr, flush=True)
-
-
-class _Moving:
-    """A bar that moves with runs, and with rounds where one can hear of them."""
-
-    def __init__(self, bar: Progress, task: TaskID) -> None:
-        self.bar, self.task, self.count = bar, task, 0
-
-    def tell(self, rounds: int, total: int) -> None:
-        """A round is over."""
-        self.bar.update(self.task, completed=self.count + rounds / total)
-
-    def done(self, job: Job, end: object) -> None:
-        """A run is over."""
-        self.count += 1
-        self.bar.update(self.task, completed=self.count)
-        if isinstance(end, Exception):
-            self.bar.console.print(f"{job.title} failed: {end}", markup=False, highlight=False)
-
-
-def _bar(console: Console) -> Progress:
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=console, transient=True)
 
 
 def _report(results: Sequence[RunResult], scenario: Scenario, folder: Path, *, quiet: bool, plain: bool) -> None:

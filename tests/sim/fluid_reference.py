@@ -22,6 +22,7 @@ class Transfer:
     left: float
     window: float
     rate: float = 0.0
+    booked: float = 0.0
     grow_ns: int | None = None
 
 
@@ -50,15 +51,26 @@ class ReferenceNetwork:
         return item.window * self.topology.header_overhead / round_trip_s if round_trip_s else math.inf
 
     def solve(self) -> None:
-        flows = [
-            Flow(tuple(self.topology.path(item.source, item.target)), self.cap(item))
-            for item in self.transfers.values()
-        ]
-        for item, rate in zip(self.transfers.values(), balance(self.capacity, flows), strict=True):
-            item.rate = rate
+        while True:
+            for item, rate in zip(self.transfers.values(), balance(self.capacity, self.flows()), strict=True):
+                item.rate = rate
+            wrong = [item for item in self.transfers.values() if not item.booked / 1.05**2 <= item.rate <= item.booked]
+            if not wrong or not self.topology.ack_share:
+                break
+            for item in wrong:
+                item.booked = item.rate * 1.05
+        for item in self.transfers.values():
             limit = self.topology.window_limit_bytes(item.source, item.target)
-            if item.grow_ns is None and rate == self.cap(item) and item.window < limit:
+            if item.grow_ns is None and item.rate == self.cap(item) and item.window < limit:
                 item.grow_ns = self.growth_ns(int(self.topology.round_trip_s(item.source, item.target) * 1e9))
+
+    def flows(self) -> list[Flow]:
+        share, made = self.topology.ack_share, []
+        for item in self.transfers.values():
+            there = tuple((link, 1.0) for link in self.topology.one_way(item.source, item.target))
+            back = tuple((link, share) for link in self.topology.one_way(item.target, item.source)) if share else ()
+            made.append(Flow(there, self.cap(item), back, item.booked))
+        return made
 
     def growth_ns(self, round_trip_ns: int) -> int:
         grid_ns = 2 ** int(math.log2(max(round_trip_ns / GROWTH_STEPS, 1)))

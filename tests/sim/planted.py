@@ -4,6 +4,14 @@ from __future__ import annotations
 
 import math
 
+from farflung.aggregation.outer import sgd
+from farflung.node import assembly
+from farflung.node.blobfiles import BlobFiles
+from farflung.node.local_phase import LocalPhase
+from farflung.node.outbox import Outbox
+from farflung.node.state_sync import StateSync
+from farflung.protocol import ballot, certificate
+from farflung.protocol.attendance import Attendance
 from farflung.protocol.ballot import Ballot
 from farflung.protocol.deadline import Pace
 from farflung.protocol.effects import Broadcast
@@ -54,3 +62,77 @@ def forgotten_timeout(monkeypatch) -> None:
 
 
 PLANTED = {plant.__name__: plant for plant in (lost_announcement, double_vote, broken_promise, forgotten_timeout)}
+
+
+def lone_quorum(monkeypatch) -> None:
+    """One vote is enough."""
+    monkeypatch.setattr(ballot, "is_quorum", lambda voters, yes: bool(yes))
+    monkeypatch.setattr(certificate, "is_quorum", lambda voters, yes: bool(yes))
+
+
+def wrong_mean(monkeypatch) -> None:
+    """The outer step is a bit too short."""
+    monkeypatch.setattr(assembly, "parse_outer", lambda spec: sgd(0.999))
+
+
+def greedy_training(monkeypatch) -> None:
+    """Training keeps what was sent and counted."""
+    view = LocalPhase.welcome
+
+    def welcome(self, machine):
+        self._keep = True
+        view(self, machine)
+
+    monkeypatch.setattr(LocalPhase, "welcome", welcome)
+
+
+def deaf_training(monkeypatch) -> None:
+    """A member is never told what became of its update."""
+    monkeypatch.setattr(LocalPhase, "judge", lambda self, manifest, verdicts: True)
+
+
+def biased_proposer(monkeypatch) -> None:
+    """The last of several payloads is left out."""
+    monkeypatch.setattr(
+        Attendance, "listable", property(lambda self: LISTABLE.__get__(self)[:-1] or LISTABLE.__get__(self))
+    )
+
+
+LISTABLE = Attendance.listable
+
+
+def hoarder(monkeypatch) -> None:
+    """Old payloads are never dropped."""
+    monkeypatch.setattr(StateSync, "prune", lambda self, in_use: [])
+
+
+def orphans(monkeypatch) -> None:
+    """The senders of a node that ends go on."""
+
+    async def stop(self) -> None:
+        return None
+
+    monkeypatch.setattr(Outbox, "stop", stop)
+
+
+def clumsy_disk(monkeypatch) -> None:
+    """Keeping a payload raises what nobody expects."""
+
+    def put(self, data, ref, digests):
+        raise ZeroDivisionError("planted")
+
+    monkeypatch.setattr(BlobFiles, "put", put)
+
+
+TEETH = {
+    "one certificate": lone_quorum,
+    "votes make a quorum": lone_quorum,
+    "states are recomputed": wrong_mean,
+    "steps count once": greedy_training,
+    "verdicts come once": deaf_training,
+    "what is here is listed": biased_proposer,
+    "nothing fails": clumsy_disk,
+    "memory is bounded": hoarder,
+    "nothing outlives its node": orphans,
+}
+"""For each law one bug that breaks it. Those of `PLANTED` break the others."""

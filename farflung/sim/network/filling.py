@@ -3,8 +3,9 @@
 Where every flow takes its whole rate from every link it crosses, `fill` is the textbook's progressive filling. Flows
 also take a small share of their rate from the links of the way back, for acknowledgements. A full link then is fair
 in what it carries, as a fair queue is: it grants each flow the same bytes per second, data or acknowledgements, and who
-wants less leaves the rest to the others. (To grant the same *rate* would hold a download to the speed of an upload
-beside which only its acknowledgements must fit.) `balance` is that definition, and agrees with `fill` where both apply.
+wants less leaves the rest to the others. What acknowledgements want is booked beforehand, for a given rate. (To grant
+the same *rate* would hold a download to the speed of an upload beside which only its acknowledgements must fit.)
+`balance` is that definition, and agrees with `fill` where both apply.
 """
 
 from __future__ import annotations
@@ -16,15 +17,19 @@ from dataclasses import dataclass
 from farflung.protocol.errors import LocalError
 
 ROUNDS_MAX = 10_000
-"""`balance` gives up after so many; acknowledgements couple links by 2 %, so that 20 rounds reach fp64."""
+"""`balance` gives up after so many; each settles at least one more level."""
 
 
 @dataclass(frozen=True)
 class Flow:
-    """One flow: the links it crosses with the share of its rate that each of them carries, and its own cap."""
+    """One flow: the links that its data cross, with the share of its rate that each carries, and its own cap."""
 
     path: tuple[tuple[int, float], ...]
     cap: float = math.inf
+    back: tuple[tuple[int, float], ...] = ()
+    """The same for its acknowledgements."""
+    booked: float = 0.0
+    """The rate that its acknowledgements have room for."""
 
 
 def fill(capacity_l: Sequence[float], flows: Sequence[Flow]) -> list[float]:
@@ -37,9 +42,9 @@ def fill(capacity_l: Sequence[float], flows: Sequence[Flow]) -> list[float]:
     rate_f = [math.nan] * len(flows)
     crossing_l: list[list[int]] = [[] for _ in capacity_l]
     for f, flow in enumerate(flows):
-        for link, share in flow.path:
-            if share != 1:
-                raise LocalError(f"progressive filling is for whole shares; use balance for {share}")
+        for link, share in (*flow.path, *flow.back):
+            if share != 1 or flow.back:
+                raise LocalError(f"progressive filling is for whole shares and no way back; use balance for {share}")
             crossing_l[link].append(f)
     rising = list(range(len(flows)))
     while rising:
@@ -68,18 +73,21 @@ def balance(capacity_l: Sequence[float], flows: Sequence[Flow]) -> list[float]:
     One link after the other finds its level from what the others say, again and again until no rate changes by more
     than 1e-14. Raises LocalError after `ROUNDS_MAX` rounds.
     """
-    crossing_l: list[list[tuple[int, float]]] = [[] for _ in capacity_l]
+    crossing_l: list[list[tuple[int, float, bool]]] = [[] for _ in capacity_l]
     for f, flow in enumerate(flows):
-        for link, share in flow.path:
-            crossing_l[link].append((f, share))
+        for way, data in ((flow.path, True), (flow.back, False)):
+            for link, share in way:
+                crossing_l[link].append((f, share, data))
     level_l, rate_f = [math.inf] * len(capacity_l), [math.inf] * len(flows)
 
     def limit(f: int, but: int = -1) -> float:
-        return min([flows[f].cap, *(level_l[link] / share for link, share in flows[f].path if link != but)])
+        ways = (*flows[f].path, *flows[f].back)
+        return min([flows[f].cap, *(level_l[link] / share for link, share in ways if link != but)])
 
     for _ in range(ROUNDS_MAX):
         for link, crossings in enumerate(crossing_l):
-            level_l[link] = _water_level(capacity_l[link], [share * limit(f, but=link) for f, share in crossings])
+            wanted = [share * (limit(f, but=link) if data else flows[f].booked) for f, share, data in crossings]
+            level_l[link] = _water_level(capacity_l[link], wanted)
         before_f, rate_f = rate_f, [limit(f) for f in range(len(flows))]
         if all(abs(a - b) <= 1e-14 * b for a, b in zip(before_f, rate_f, strict=True)):
             return rate_f

@@ -13,7 +13,7 @@ from farflung.sim.network.compiling import compiled
 from farflung.sim.network.heap import append, rebuild, schedule, unschedule
 from farflung.sim.network.layout import FREE, NEVER, TOUCHED, State
 from farflung.sim.network.maxmin import enqueue, touch
-from farflung.sim.network.topology import GROWTH_STEPS
+from farflung.sim.network.topology import BOOKING_STEP, GROWTH_STEPS
 
 ROUNDING_NS = 1e-3
 """Fractions of a nanosecond up to this are rounding: fp64 resolves 1e-4 ns in a transfer of a quarter of an hour."""
@@ -109,7 +109,7 @@ def detach(state: State, slot: int) -> None:
         if state.level[here.link] < math.inf:
             enqueue(state, here.link)
         else:
-            state.link[here.link].slack += here.share * flow.rate
+            state.link[here.link].slack += here.share * (flow.rate if i < start + flow.forward else flow.booked)
     main.crossings -= flow.crossings
     flow.ident = -1
     unschedule(state, len(state.node) + slot)
@@ -149,8 +149,11 @@ def _growth_ns(now_ns: int, round_trip_s: float) -> int:
 
 
 @compiled
-def apply(state: State, now_ns: int) -> None:
-    """Give touched flows the rates that levels and caps now say, and find out when each ends or grows."""
+def apply(state: State, now_ns: int) -> bool:
+    """Give touched flows the rates that levels and caps now say, and find out when each ends or grows.
+
+    False if acknowledgements were booked anew, so that levels must be found again.
+    """
     main, nodes = state.main[0], len(state.node)
     wholesale = 4 * main.touched > main.heap_size  # moving items one by one would cost more than a new heap
     for i in range(main.touched):
@@ -166,6 +169,10 @@ def apply(state: State, now_ns: int) -> None:
             settle(state, slot, now_ns)
             flow.rate = rate
             flow.finish_ns = later(now_ns, flow.remaining / rate) if rate > 0 else NEVER
+        if rate > flow.booked or rate < flow.booked / (1 + BOOKING_STEP) ** 2:
+            flow.booked = rate * (1 + BOOKING_STEP)
+            for j in range(start + flow.forward, start + flow.crossings):
+                enqueue(state, state.crossing[j].link)
         grow_ns = _growth_ns(now_ns, flow.round_trip_s + queue_s(state, flow.target))
         if rate < flow.cap and flow.grow_ns == grow_ns:  # an earlier solve of this instant saw only some of its changes
             flow.grow_ns = NEVER
@@ -180,3 +187,4 @@ def apply(state: State, now_ns: int) -> None:
     if wholesale:
         rebuild(state)
     main.touched = 0
+    return bool(main.ring_size == 0)

@@ -32,6 +32,7 @@ FLOW = np.dtype(
         ("touched", np.int64),  # 1: the rate may have changed in this instant
         ("remaining", np.float64),  # bytes on the line that are still to be sent, at since_ns
         ("rate", np.float64),  # bytes on the line per second
+        ("booked", np.float64),  # the rate that its acknowledgements have room for
         ("cap", np.float64),  # window / round trip, in bytes on the line per second
         ("window", np.float64),  # bytes on the line
         ("window_limit", np.float64),

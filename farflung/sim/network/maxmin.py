@@ -1,11 +1,11 @@
 """Max-min fair rates repaired where they changed: exact, and local where the network is sparse.
 
 Every link keeps a water level: the bytes per second it grants each flow, such that it is full if each takes no more
-than its other limits allow, sum over flows of min(level, share x demand) = capacity. A flow's demand is the least of
-its cap and of level / share at its other links; its rate, the same over all its links. At a fixed point no link is over
-its capacity, and every flow meets its cap or a full link on which nobody takes more bytes than it does: the definition
-in `filling`. Without acknowledgements it is reached in finitely many steps from any start (the lowest true level needs
-nothing else, the second lowest only that one, and so on); they couple links by 2 % more, which settles geometrically.
+than its other limits allow, sum over flows of min(level, want) = capacity. Data want share x the least of the flow's
+cap and of level / share at its other links; acknowledgements want what was booked for them. A flow's rate is that least
+over all its links. At a fixed point no link is over its capacity, and every flow meets its cap or a full link on which
+nobody takes more bytes than it does: the definition in `filling`. It is reached in finitely many steps from any start:
+the lowest true level needs nothing else, the second lowest only that one, and so on.
 
 So after a change only links whose demands changed are looked at again, first come, first served.
 """
@@ -114,8 +114,8 @@ def _level(state: State, link: int) -> float:
             if other != crossing:
                 least = min(least, levels[crossings[other].link] * crossings[other].per_byte)
         demand[count, 0] = least
-        demand[count, 1] = here.share * least
-        wanted += here.share * least
+        demand[count, 1] = here.share * (least if crossing < start + flow.forward else flow.booked)
+        wanted += demand[count, 1]
         count += 1
         crossing = here.next
     state.main[0].visits += count
@@ -168,7 +168,7 @@ def _tell_neighbours(state: State, link: int, old: float, new: float, agreement:
             touch(state, here.flow)
         if math.fabs(before - after) > agreement * min(before, after):
             start = here.flow * width
-            for j in range(start, start + flows[here.flow].crossings):
+            for j in range(start, start + flows[here.flow].forward):
                 other = crossings[j].link
                 if j == crossing:
                     continue
