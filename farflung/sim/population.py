@@ -270,12 +270,6 @@ def _attackers(scenario: Scenario, seed: int) -> Mapping[int, Attack]:
 
 
 def _topology(network: Network, members: list[MemberSpec]) -> Topology:
-    for link in network.links:
-        if link.up_mbit != link.down_mbit:
-            raise ConfigError(
-                f"network link {link.name!r}: shared links are as fast up as down in this version, "
-                f"got {link.up_mbit:g} and {link.down_mbit:g}"
-            )
     return Topology(
         nodes=tuple(
             NodeLinks(
@@ -288,6 +282,7 @@ def _topology(network: Network, members: list[MemberSpec]) -> Topology:
             for member in members
         ),
         groups=tuple(link.up_mbit * MBIT_BYTES for link in network.links),
+        groups_down=tuple(link.down_mbit * MBIT_BYTES for link in network.links),
         region=tuple(member.region for member in members),
         latency_s=tuple(tuple(delay / 1e3 for delay in row) for row in network.latency_ms),
         last_mile_s=tuple(member.last_mile_s for member in members),

@@ -9,7 +9,9 @@ Training, exploration and calibration are this with different members, faults an
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+import logging
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,19 @@ from farflung.sim.rng import stream
 from farflung.sim.signatures import remembered_signatures
 from farflung.sim.stand_in import stands_in
 from farflung.sim.workers import Desk
+
+
+@contextmanager
+def _quiet_nodes() -> Iterator[None]:
+    """What nodes warn of is in the event log and the results; forty of them would fill the screen."""
+    logger = logging.getLogger("farflung")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
 
 Genesis0 = tuple[Genesis, torch.Tensor, dict[str, torch.Tensor]]
 """A run's beginning: genesis, θ₀, and the outer buffers' first values."""
@@ -105,7 +120,7 @@ class World:
 
         Returns whether it holds. Raises the first failure of a member that is not an attacker's doing.
         """
-        with self.desk.open(), stands_in(self._scale), remembered_signatures():
+        with self.desk.open(), stands_in(self._scale), remembered_signatures(), _quiet_nodes():
             return run_virtual(self._main(until), self.loop)
 
     async def _main(self, until: Callable[[], bool]) -> bool:

@@ -492,3 +492,14 @@ def test_machine_code_is_keyed_by_every_file_it_is_made_from():
         path.name for path in folder.glob("*.py") if "compiled" in path.read_text() or "dtype" in path.read_text()
     }
     assert made_of - {"__init__.py", "fluid.py"} <= set(compiling.KERNEL_FILES)
+
+
+def test_a_shared_link_may_be_faster_in_one_direction():
+    """Two nodes behind a line of 1 MB/s out and 4 MB/s in, one outside: each direction has its own limit."""
+    behind = NodeLinks(1e9, 1e9, groups=(0,))
+    topology = Topology((behind, behind, NodeLinks(1e9, 1e9)), (1e6,), groups_down=(4e6,), ack_share=0.0)
+    network = FluidNetwork(topology)
+    flows = [network.start(source, target, 1e9, 0) for source, target in ((0, 2), (1, 2), (2, 0), (2, 1))]
+    network.advance(0)
+    rates = [network.rate(flow) * topology.header_overhead for flow in flows]
+    assert rates == pytest.approx([0.5e6, 0.5e6, 2e6, 2e6], rel=1e-9)

@@ -17,9 +17,8 @@ S = 1e7
 
 
 def lines(up, down, shared=(), crossing=()) -> Lines:
-    return Lines(
-        np.array(up, float), np.array(down, float), np.array(shared, float), tuple(np.array(c, int) for c in crossing)
-    )
+    both = np.array(shared, float)
+    return Lines(np.array(up, float), np.array(down, float), both, both, tuple(np.array(c, int) for c in crossing))
 
 
 def everybody(given: Lines, announced=None, changes=()):

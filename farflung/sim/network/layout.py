@@ -134,7 +134,8 @@ def make_state(topology: Topology, looks_max: int, slots: int = 64) -> State:
     link["capacity"] = [
         *(node.up_bytes_per_s for node in topology.nodes),
         *(node.down_bytes_per_s for node in topology.nodes),
-        *topology.groups * 2,
+        *topology.groups,
+        *topology.groups_down,
     ]
     link["head"] = -1
     node = np.zeros(nodes, NODE)

@@ -101,7 +101,9 @@ class Topology:
 
     nodes: tuple[NodeLinks, ...]
     groups: tuple[float, ...] = ()
-    """Capacity of every shared link in bytes/s, for each direction separately (full duplex)."""
+    """Capacity of every shared link in bytes/s, out of what is behind it (full duplex)."""
+    groups_down: tuple[float, ...] = ()
+    """The same, into what is behind it; empty: as fast as out of it."""
     region: tuple[int, ...] = ()
     """Region of each node; empty: all in region 0."""
     latency_s: tuple[tuple[float, ...], ...] = ((0.0,),)
@@ -125,7 +127,11 @@ class Topology:
                 object.__setattr__(self, name, (plain,) * n)
             if len(getattr(self, name)) != n:
                 raise ConfigError(f"{name} needs one value for each of {n} nodes, got {len(getattr(self, name))}")
-        for capacity in self.groups:
+        if not self.groups_down:
+            object.__setattr__(self, "groups_down", self.groups)
+        if len(self.groups_down) != len(self.groups):
+            raise ConfigError(f"{len(self.groups)} shared links have that many down rates, got {len(self.groups_down)}")
+        for capacity in (*self.groups, *self.groups_down):
             _check_capacity("groups", capacity)
         for node in self.nodes:
             for group in node.groups:

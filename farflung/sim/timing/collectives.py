@@ -33,8 +33,8 @@ def collective_s(kind: str, lines: Lines, members: NDArray[np.int64], size_bytes
     if kind == "star":
         hub = star_hub(lines, members)
         leaves = members[members != hub]
-        there = _drain(size_bytes, _behind(lines, leaves, hub, lines.up_m), float(lines.down_m[hub]))
-        back = _drain(size_bytes, _behind(lines, leaves, hub, lines.down_m), float(lines.up_m[hub]))
+        there = _drain(size_bytes, _behind(lines, leaves, hub, lines.up_m, lines.shared_up), float(lines.down_m[hub]))
+        back = _drain(size_bytes, _behind(lines, leaves, hub, lines.down_m, lines.shared_down), float(lines.up_m[hub]))
         delay = float(one_way_mm[leaves, hub].max() + one_way_mm[hub, leaves].max())
         return there + back + delay
     between = one_way_mm[np.ix_(members, members)]
@@ -43,23 +43,23 @@ def collective_s(kind: str, lines: Lines, members: NDArray[np.int64], size_bytes
         following = np.roll(np.arange(n), -1)
         with np.errstate(divide="ignore"):
             step_s = float(np.maximum(part / up, part / down[following]).max())
-        for capacity, crossed in zip(lines.shared, lines.crossing, strict=True):
+        for capacity, crossed in zip(np.minimum(lines.shared_up, lines.shared_down), lines.crossing, strict=True):
             behind = np.isin(members, crossed)
             step_s = max(step_s, part * int((behind & ~behind[following]).sum()) / capacity)
         return steps * (step_s + float(between[np.arange(n), following].max()))
     load = (n - 1) / n * size_bytes
     with np.errstate(divide="ignore"):
         phase_s = float(max((load / up).max(), (load / down).max()))
-    for capacity, crossed in zip(lines.shared, lines.crossing, strict=True):
+    for capacity, crossed in zip(np.minimum(lines.shared_up, lines.shared_down), lines.crossing, strict=True):
         inside = int(np.isin(members, crossed).sum())
         phase_s = max(phase_s, inside * (n - inside) * size_bytes / n / capacity)
     return 2 * (phase_s + float(between.max()))
 
 
-def _behind(lines: Lines, leaves: NDArray[np.int64], hub: int, rate_m: Floats) -> Floats:
+def _behind(lines: Lines, leaves: NDArray[np.int64], hub: int, rate_m: Floats, shared_g: Floats) -> Floats:
     """The leaves' own limits, each shared line's capacity split among those that cross it."""
     limit = rate_m[leaves].copy()
-    for capacity, crossed in zip(lines.shared, lines.crossing, strict=True):
+    for capacity, crossed in zip(shared_g, lines.crossing, strict=True):
         here = np.isin(leaves, crossed)
         if hub not in crossed.tolist() and here.any():
             limit[here] = np.minimum(limit[here], capacity / here.sum())

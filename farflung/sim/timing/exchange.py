@@ -58,7 +58,8 @@ class Lines:
 
     up_m: Floats
     down_m: Floats
-    shared: Floats
+    shared_up: Floats
+    shared_down: Floats
     crossing: tuple[Integers, ...]
 
 
@@ -128,9 +129,8 @@ def gather(
         held_km, received_m = np.full((k, m), np.inf), np.zeros(m)
         times_e, limits_em = np.empty(room), np.zeros((room, m), np.int8)
         lines_m = (lines.up_m.copy(), lines.down_m.copy())
-        used = flow(
-            *lines_m, (starts, crossed, lines.shared), supply, change, end_s, held_km, received_m, times_e, limits_em
-        )
+        shared = (starts, crossed, lines.shared_up, lines.shared_down)
+        used = flow(*lines_m, shared, supply, change, end_s, held_km, received_m, times_e, limits_em)
         room *= 2
     held_km[np.arange(k), origin_k] = announced_k
     mine = np.zeros((k, m), bool)
@@ -152,7 +152,7 @@ def _availability(
 ) -> tuple[Floats, Floats]:
     """When the origin begins to send each block, and when it has sent the last one."""
     up_m = lines.up_m.copy()
-    for capacity, crossed in zip(lines.shared, lines.crossing, strict=True):
+    for capacity, crossed in zip(lines.shared_up, lines.crossing, strict=True):
         if len(crossed) < len(up_m):
             up_m[crossed] = np.minimum(up_m[crossed], capacity)
     with np.errstate(divide="ignore"):

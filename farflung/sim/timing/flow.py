@@ -54,42 +54,42 @@ def _rates(
     up_m: Floats,
     down_m: Floats,
     wants_m: NDArray[np.bool_],
-    shared: tuple[Integers, Integers, Floats],
+    shared: tuple[Integers, Integers, Floats, Floats],
     rate_m: Floats,
     limit_m: NDArray[np.int8],
     give_m: Floats,
     everybody: Integers,
 ) -> bool:
     """Max-min fair download rates of those who want something; whether one's rate depends on the others'."""
-    starts, crossed, capacity = shared
+    starts, crossed, leaves_g, enters_g = shared
     m = len(up_m)
     pool, wanting = 0.0, 0
     for j in range(m):
         give_m[j] = up_m[j]
         wanting += 1 if wants_m[j] else 0
-    for g in range(len(capacity)):
+    for g in range(len(leaves_g)):
         inside, leaving = 0, 0.0
         for c in range(starts[g], starts[g + 1]):
             inside += 1 if wants_m[crossed[c]] else 0
             leaving += give_m[crossed[c]]
         leaving *= 1.0 - inside / max(1, wanting)
-        if leaving > capacity[g]:
+        if leaving > leaves_g[g]:
             for c in range(starts[g], starts[g + 1]):
-                give_m[crossed[c]] *= capacity[g] / leaving
+                give_m[crossed[c]] *= leaves_g[g] / leaving
     for j in range(m):
         pool += give_m[j]
     for j in range(m):
         others = pool - give_m[j]
         rate_m[j] = min(down_m[j], others) if wants_m[j] else 0.0
         limit_m[j] = 0 if not wants_m[j] else 1 if down_m[j] <= others else 2
-    for g in range(len(capacity)):
+    for g in range(len(enters_g)):
         entering, given = 0.0, 0.0
         for c in range(starts[g], starts[g + 1]):
             entering += rate_m[crossed[c]]
             given += give_m[crossed[c]]
         outside = 1.0 - given / pool if pool > 0 else 0.0
-        if outside > 0 and outside * entering > capacity[g]:
-            level = _level(rate_m, crossed, starts[g], starts[g + 1], capacity[g] / outside)
+        if outside > 0 and outside * entering > enters_g[g]:
+            level = _level(rate_m, crossed, starts[g], starts[g + 1], enters_g[g] / outside)
             for c in range(starts[g], starts[g + 1]):
                 j = crossed[c]
                 if rate_m[j] > level:
@@ -97,7 +97,7 @@ def _rates(
     total = 0.0
     for j in range(m):
         total += rate_m[j]
-    contended = len(capacity) > 0
+    contended = len(leaves_g) > 0
     if total > pool * (1 + 1e-12):
         contended = True
         level = _level(rate_m, everybody, 0, m, pool)
@@ -160,7 +160,7 @@ def _until(now: float, events: tuple[float, float, float], rate_m: Floats, left_
 def flow(
     up_m: Floats,
     down_m: Floats,
-    shared: tuple[Integers, Integers, Floats],
+    shared: tuple[Integers, Integers, Floats, Floats],
     supply: tuple[Floats, Integers, Integers, float, int],
     changes: tuple[Floats, Integers, Floats, Floats],
     end_s: float,

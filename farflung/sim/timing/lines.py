@@ -70,7 +70,8 @@ def usable_lines(topology: Topology, between: Distances, disk_m: Floats, *, effi
         for group in range(groups)
     )
     carried = 1 / (topology.header_overhead * (1 + share)) * efficiency
-    return Lines(give_m, take_m, np.array(topology.groups, np.float64) * carried, crossing)
+    up_g, down_g = np.array(topology.groups, np.float64), np.array(topology.groups_down, np.float64)
+    return Lines(give_m, take_m, up_g * carried, down_g * carried, crossing)
 
 
 def _connection_limits(topology: Topology, between: Distances) -> Floats:

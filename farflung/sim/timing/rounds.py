@@ -185,7 +185,7 @@ def _gather(
     if mute:
         up_m = lines.up_m.copy()
         up_m[mute] = 0.0
-        lines = Lines(up_m, lines.down_m, lines.shared, lines.crossing)
+        lines = Lines(up_m, lines.down_m, lines.shared_up, lines.shared_down, lines.crossing)
     changes = swarm.changes(entered_n, float(announced_k.min()), edges_s)
     changes = [item._replace(up=0.0) if item.member in mute else item for item in changes]
     gathered = gather(lines, announced_k, origin_k, swarm.charges.payload_bytes, changes)
