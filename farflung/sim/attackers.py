@@ -36,7 +36,7 @@ def equip(life: Life, attack: Attack, rng: np.random.Generator, members: int) ->
         case "noise":
             life.change = _from_round(attack, lambda result: _noise(result.delta_d, attack.strength, rng))
         case "garbage":
-            life.encode = lambda payload: rng.bytes(len(payload))
+            life.encode = _garbage(life, attack, rng)
         case "straggle":
             life.before_speaking = _straggler(attack)
         case "equivocate":
@@ -56,6 +56,15 @@ def _from_round(attack: Attack, change: Callable[[LocalResult], torch.Tensor]) -
 def _noise(delta_d: torch.Tensor, strength: float, rng: np.random.Generator) -> torch.Tensor:
     spread = float(delta_d.std()) if delta_d.numel() > 1 else float(delta_d.abs().max())
     return torch.from_numpy(rng.standard_normal(delta_d.numel(), dtype=np.float32)) * (strength * spread)
+
+
+def _garbage(life: Life, attack: Attack, rng: np.random.Generator) -> Callable[[bytes], bytes]:
+    def lie(payload: bytes) -> bytes:
+        machine = life.node.machine if life.node is not None else None
+        begun = machine is not None and machine.round_index >= attack.from_round
+        return rng.bytes(len(payload)) if begun else payload
+
+    return lie
 
 
 def _straggler(attack: Attack) -> Callable[[Life, LocalResult], Awaitable[None]]:

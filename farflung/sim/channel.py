@@ -45,6 +45,7 @@ class SimChannel:
                     data = await running.read()
                     if data is grpc.aio.EOF:  # type: ignore[attr-defined]
                         raise call_error(_Code.INTERNAL, "no answer in the answer")
+                    await running.read()  # an answer counts when its status is there
                     return bytes(data)
             except TimeoutError:
                 raise call_error(_Code.DEADLINE_EXCEEDED, "Deadline Exceeded") from None

@@ -50,6 +50,9 @@ class Pipe:
     last_ns: int = 0
     """When the latest message arrives: none overtakes it."""
 
+    flying: deque[tuple[asyncio.TimerHandle, Parcel]] = field(default_factory=deque)
+    """What has left the sender, in order."""
+
     held: list[Parcel] = field(default_factory=list)
     """What could not come through a partition; sent again when it heals."""
 
@@ -130,11 +133,12 @@ class Fabric:
     def _deliver(self, pipe: Pipe, parcel: Parcel, left_ns: int) -> None:
         latency_ns = int(self.topology.one_way_latency_s(pipe.source, pipe.target) * NS)
         pipe.last_ns = max(pipe.last_ns, left_ns + latency_ns)
-        self.loop.call_at_ns(pipe.last_ns, self._arrive, pipe, parcel)
+        pipe.flying.append((self.loop.call_at_ns(pipe.last_ns, self._arrive, pipe), parcel))
 
-    def _arrive(self, pipe: Pipe, parcel: Parcel) -> None:
+    def _arrive(self, pipe: Pipe) -> None:
         if pipe.broken:
             return
+        parcel = pipe.flying.popleft()[1]
         if self.cut_between(pipe.source, pipe.target) or pipe.held:
             pipe.held.append(parcel)
             self._blocked[id(pipe)] = pipe
@@ -181,6 +185,7 @@ class Fabric:
         self._blocked.pop(id(pipe), None)
         self._halt(pipe)
         pipe.waiting.clear()
+        pipe.flying.clear()
         pipe.held.clear()
         pipe.moving = None
 
@@ -215,14 +220,23 @@ class Fabric:
             if self.cut_between(pipe.source, pipe.target):
                 continue
             del self._blocked[id(pipe)]
-            held, pipe.held = pipe.held, []
-            for parcel in held:
-                self._deliver(pipe, parcel, self.loop.now_ns)
+            self._send_again(pipe)
             if pipe.moving is not None:
                 parcel, pipe.moving = pipe.moving, None
                 self._start(pipe, parcel)
             else:
                 self._next(pipe)
+
+    def _send_again(self, pipe: Pipe) -> None:
+        """What a partition held, and what flies behind it: TCP hands over nothing before what is missing."""
+        if not pipe.held:
+            return
+        again, pipe.held = [*pipe.held, *(parcel for _, parcel in pipe.flying)], []
+        for timer, _ in pipe.flying:
+            timer.cancel()
+        pipe.flying.clear()
+        for parcel in again:
+            self._deliver(pipe, parcel, self.loop.now_ns)
 
     def set_node(
         self, node: int, *, up_bytes_per_s: float | None = None, down_bytes_per_s: float | None = None

@@ -187,19 +187,19 @@ class Life:
         self.online_s += self.clock.now_s() - self._on_since_s
         self._on_since_s = self.clock.now_s()
         if self.node is not None:
-            self.bytes[0] += self.node.parts.transport.bytes_sent
-            self.bytes[1] += self.node.parts.transport.bytes_received
+            self.bytes = [*self.traffic()]
             self.steps += self.node.parts.audit.steps
             self.tokens += self.node.parts.audit.tokens
         if self.trainee is not None:
             self.train_s += self.trainee.train_s
 
     def traffic(self) -> tuple[int, int]:
-        """Bytes of messages sent and received in all lives so far."""
+        """Bytes of messages sent and received in all lives so far; bulk as that of the model that is charged."""
         sent, received = self.bytes
-        if self.node is not None:
-            sent += self.node.parts.transport.bytes_sent
-            received += self.node.parts.transport.bytes_received
+        if isinstance(transport := self.node and self.node.parts.transport, SimTransport):
+            traffic, charged = transport.traffic, self.world.channels.charged
+            sent += traffic.control_sent + charged(traffic.bulk_sent)
+            received += traffic.control_received + charged(traffic.bulk_received)
         return sent, received
 
     # -- one life -----------------------------------------------------------------------------------------------------

@@ -149,6 +149,8 @@ class VirtualLoop(_Base):  # type: ignore[misc]  # most of an event loop is inpu
         return self.call_soon(callback, *args, context=context)
 
     def _timer_handle_cancelled(self, handle: asyncio.TimerHandle) -> None:
+        if not handle._scheduled:  # type: ignore[attr-defined]  # it rang already: asyncio.sleep cancels what rang
+            return
         self._cancelled += 1
         if self._cancelled > CANCELLED_MAX and 2 * self._cancelled > len(self._heap):
             self._heap = [entry for entry in self._heap if not entry[2].cancelled()]

@@ -65,7 +65,7 @@ class Machine:
         return None
 
     def listen(self, generic: Sequence[Any]) -> None:
-        """A process answers from now on."""
+        """A process runs from now on; without handlers it only calls others."""
         self.generic, self.dead = generic, False
 
     def die(self) -> None:

@@ -55,6 +55,9 @@ per byte for hash. topk.code and topk.uncode are what int8 and q2 values add. 4 
 3.3 GB/s, q2 at 1.3, topk(64/4096) at 1.0. Much of an encoder's time is the kernel handing out memory for the payload.
 """
 
+THREADS = 4
+"""Cores that a simulated member's node has beside training: four of a usual machine's eight."""
+
 DENSE = ("fp32", "bf16", "int8", "q2")
 CODED = ("int8", "q2")
 OUTER = ("sgd", "nesterov")

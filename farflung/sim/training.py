@@ -13,9 +13,10 @@ from pathlib import Path
 import torch
 
 from farflung.aggregation.outer import parse_outer
+from farflung.compression import parse_codec
 from farflung.node.anchor import Trial
 from farflung.node.data import RoundView, Sharder
-from farflung.node.flat import write_parameters
+from farflung.node.flat import schema_of, write_parameters
 from farflung.node.run_file import RunFile, make_genesis
 from farflung.node.tasks.load import load_task
 from farflung.node.tasks.task import count_tokens
@@ -32,7 +33,7 @@ from farflung.sim.population import populate
 from farflung.sim.results import RoundResult, RunResult
 from farflung.sim.rng import stream
 from farflung.sim.scenario import Scenario
-from farflung.sim.service_costs import ServiceCosts
+from farflung.sim.service_costs import THREADS, ServiceCosts
 from farflung.sim.world import Genesis0, World
 
 Tell = Callable[[int, int], None]
@@ -125,10 +126,7 @@ class Training:
 
     def _charge(self) -> Charged:
         run = self.scenario.run
-        costs = ServiceCosts(run.codec, run.rule, run.outer)
-        from farflung.compression import parse_codec
-        from farflung.node.flat import schema_of
-
+        costs = ServiceCosts(run.codec, run.rule, run.outer, threads=THREADS)
         bits = parse_codec(run.codec).bits(schema_of(self._scratch))
         return Charged(costs, self.charged, self.charged * bits / 8)
 

@@ -34,8 +34,7 @@ class SimTransport(Calls):
         """Answer from now on."""
         self._handlers = Handlers(service, self._run_id, self.traffic, UploadCap(None, self._clock))
         self._channels.by_address[address_of(self._index)] = self._index
-        if self._reachable:
-            self._channels.machines[self._index].listen(self._handlers.generic())
+        self._channels.machines[self._index].listen(self._handlers.generic() if self._reachable else ())
         return self.addresses
 
     async def stop(self) -> None:

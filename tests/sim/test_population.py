@@ -237,4 +237,4 @@ def test_training_charges_the_tasks_own_model_unless_told_otherwise():
 
 def test_a_shared_line_keeps_its_two_directions_apart():
     found = populate(scenario(LAB, network=replace(NETWORK, links=(SharedLink("campus", 50, 500),))), 0).topology
-    assert (found.groups, found.groups_down) == ((50 * MBIT_BYTES,), (500 * MBIT_BYTES,))
+    assert (found.groups, found.groups_down) == ((6_250_000,), (62_500_000,))

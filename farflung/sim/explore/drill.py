@@ -44,7 +44,11 @@ class Verdict(NamedTuple):
 def drill(schedule: Schedule) -> Verdict:
     """Run the world of a schedule and judge it. Costs some 0.3 s; leaves nothing behind."""
     base = SHARED_MEMORY if SHARED_MEMORY.is_dir() and os.access(SHARED_MEMORY, os.W_OK) else None
-    with tempfile.TemporaryDirectory(prefix="farflung-explore-", dir=base) as folder, remembered_signatures(), _own_garbage():
+    with (
+        tempfile.TemporaryDirectory(prefix="farflung-explore-", dir=base) as folder,
+        remembered_signatures(),
+        _own_garbage(),
+    ):
         stage = Stage(schedule, Path(folder))
         facts = stage.facts
         carry_out(stage)

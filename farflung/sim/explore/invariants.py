@@ -7,12 +7,14 @@ the first that fails names the violation. Add one by writing a function and putt
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 
 from farflung.protocol.blob import describe
 from farflung.protocol.certificate import Certificate
+from farflung.protocol.manifest import Manifest
 from farflung.protocol.statements import Announcement
 from farflung.protocol.wire import Promise, Proposal, Vote
 from farflung.sim.explore.facts import Draft, Facts, Word
@@ -36,11 +38,11 @@ def votes_make_a_quorum(facts: Facts) -> str:
     and each of them really cast that vote."""
     cast = set()
     for kept in facts.kept:
-        if kept.kind == "vote":
-            view, manifest, state_digest = kept.value  # type: ignore[misc]
-            cast.add((kept.member, view, manifest.digest, state_digest))
+        match kept.kind, kept.value:
+            case "vote", (int(view), Manifest() as manifest, bytes(state_digest)):
+                cast.add((kept.member, view, manifest.digest, state_digest))
     for chain in facts.chains.values():
-        for parent, item in zip(chain, chain[1:], strict=False):
+        for parent, item in pairwise(chain):
             voters = {member.peer_id: member.since for member in parent.manifest.members if member.voter}
             names = [peer for peer, _ in item.signatures]
             eldest = min(voters, key=lambda peer: (voters[peer], peer))
@@ -57,7 +59,15 @@ def votes_make_a_quorum(facts: Facts) -> str:
 
 def members_keep_their_word(facts: Facts) -> str:
     """In one round a member announces one payload, votes and proposes once in a view, promises a view once, votes in
-    none before one that it promised, and hides no vote from a promise: over all its lives."""
+    none before one that it promised, and hides no vote from a promise: over all its lives.
+
+    What it made durable counts too: it enters each thing once, and its views only grow.
+    """
+    for (member, index), kept in _by_round(facts).items():
+        for kind in ("vote", "promise", "proposal", "own"):
+            views = [_view_of(value) for what, value in kept if what == kind]
+            if views != sorted(dict.fromkeys(views)):
+                return f"member {member} in round {index} enters its {kind} twice or out of order, views {views}"
     books: dict[tuple[int, int, bytes], _Book] = {}
     for word in facts.said:
         key = word.member, word.slot.round_index, word.slot.parent
@@ -65,6 +75,24 @@ def members_keep_their_word(facts: Facts) -> str:
         if broken:
             return f"member {word.member} in round {word.slot.round_index}, life {word.life}: {broken}"
     return ""
+
+
+def _by_round(facts: Facts) -> dict[tuple[int, int], list[tuple[str, object]]]:
+    """What each member made durable in each round, in order."""
+    found: dict[tuple[int, int], list[tuple[str, object]]] = {}
+    for kept in facts.kept:
+        found.setdefault((kept.member, kept.round_index), []).append((kept.kind, kept.value))
+    return found
+
+
+def _view_of(value: object) -> int:
+    """Of a durable record; an announcement has none."""
+    match value:
+        case Promise(view) | Proposal(view):
+            return view
+        case (int(view), *_):
+            return view
+    return 0
 
 
 class _Book:

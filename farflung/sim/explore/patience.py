@@ -27,14 +27,10 @@ CALL_S = 10.0
 
 
 def tip_of(stage: Stage) -> Certificate:
-    """The newest certificate that any member holds."""
-    found = [life.node.machine.tip for life in stage.lives if life.node is not None and life.node.machine is not None]
-    best = max(found, key=lambda tip: tip.manifest.round_index, default=None)
-    known = stage.certificates[stage.certified] if stage.certificates else None
-    options = [tip for tip in (best, known) if tip is not None]
-    if options:
-        return max(options, key=lambda tip: tip.manifest.round_index)
-    return stage.first_certificate()
+    """The newest certificate that a running node has applied. One that only a dead disk holds helps nobody."""
+    machines = [life.node.machine for life in stage.lives if life.node is not None]
+    tips = [machine.tip for machine in machines if machine is not None]
+    return max(tips, key=lambda tip: tip.manifest.round_index, default=stage.first_certificate)
 
 
 def bound_s(stage: Stage) -> float:

@@ -1,6 +1,6 @@
 """One explored world as a value, and as one line of text:
 
-    v1 seed=17 members=3 rounds=0 steps=2 quorum=66 crash(1,2.5,+3) cut(0/2,4,+2)
+v1 seed=17 members=3 rounds=0 steps=2 quorum=66 crash(1,2.5,+3) cut(0/2,4,+2)
 """
 
 from __future__ import annotations
@@ -85,16 +85,16 @@ def parse_line(line: str) -> Schedule:
     if version != VERSION:
         raise ConfigError(f"a replay line begins with {VERSION}, got {version!r}")
     keys = [item.name for item in fields(Schedule) if item.name != "actions"]
-    numbers = []
+    numbers: dict[str, int] = {}
     for key, part in zip(keys, parts, strict=False):
         name, _, value = part.partition("=")
         if name != key or not value.isascii() or not value.isdigit():
             raise ConfigError(f"{key}=NUMBER comes here in a replay line, got {part!r}")
-        numbers.append(int(value))
+        numbers[key] = int(value)
     if len(numbers) < len(keys):
         raise ConfigError(f"a replay line gives {', '.join(keys)}, got {line!r}")
     actions = tuple(parse_action(part) for part in parts[len(keys) :])
-    schedule = Schedule(*numbers, actions)
+    schedule = Schedule(**numbers, actions=actions)
     if schedule.line != line.strip():
         raise ConfigError(f"write it as {schedule.line!r}, got {line!r}")
     return schedule

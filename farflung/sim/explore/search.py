@@ -83,10 +83,11 @@ def judge(schedule: Schedule, *, shrink: bool) -> Violation | None:
     broken = drill(schedule).broken
     if broken is None:
         return None
+    name, message = broken
     if shrink:
-        schedule = shrunk(schedule, lambda other: (drill(other).broken or ("",))[0] == broken[0])
-        broken = drill(schedule).broken or broken
-    return Violation(schedule.seed, *broken, schedule.line)
+        schedule = shrunk(schedule, lambda other: (drill(other).broken or ("", ""))[0] == name)
+        name, message = drill(schedule).broken or (name, message)
+    return Violation(schedule.seed, name, message, schedule.line)
 
 
 def explore_seeds(seeds: Sequence[int], shrink: bool) -> list[Violation | None]:

@@ -49,9 +49,7 @@ FSYNC_S = 0.004
 AGAIN_S = 3.0
 """Somebody who found nobody tries again after this long."""
 
-TIMING = Timing(
-    grace_ms=2_500, deadline_floor_ms=1_500, deadline_ceiling_ms=6_000, view_floor_ms=1_000, resend_ms=700
-)
+TIMING = Timing(grace_ms=2_500, deadline_floor_ms=1_500, deadline_ceiling_ms=6_000, view_floor_ms=1_000, resend_ms=700)
 SNAPSHOT_ROUNDS = 2
 
 _OWNER: contextvars.ContextVar[tuple[int, int]] = contextvars.ContextVar("owner", default=(-1, 0))
@@ -127,14 +125,10 @@ class Stage(World):
         lives = [WatchedLife(self, index) for index in range(schedule.members)]
         self.lives += lives
         self.found(lives[0])
-        self._first = certify_first(self.genesis, lives[0].identity.sign)
+        self.first_certificate = certify_first(self.genesis, lives[0].identity.sign)
         self.facts = Facts(schedule, self.genesis, {life.peer_id: life.index for life in lives})
         self.messages = [action for action in schedule.actions if isinstance(action, OfMessages)]
         self._read: dict[bytes, Message] = {}
-
-    def first_certificate(self) -> Certificate:
-        """The run's beginning, from the founder's disk."""
-        return self._first
 
     # -- whose task is it ---------------------------------------------------------------------------------------------
 
@@ -259,7 +253,7 @@ class WatchedLife(Life):
         if self.node is None or self.trainee is None:
             return
         anchor, model = self.node.anchor, self.trainee._model
-        ahead_d = (model.weight.detach() - anchor.theta_d).numpy().copy()  # type: ignore[operator, union-attr]
+        ahead_d = (model.weight.detach() - anchor.theta_d).numpy().copy()  # type: ignore[operator]
         fact = Adopted(self.index, self.lives, anchor.round_index, ahead_d, self.clock.now_s())
         self.stage.facts.adopted.append(fact)
 
@@ -293,7 +287,7 @@ class WatchedLife(Life):
         def recorded(kind: str, data: bytes) -> None:
             record(kind, data)
             value, at_s = decode_entry(kind, data)[1], self.clock.now_s()
-            facts.kept.append(Kept(self.index, life, node._round, kind, value, at_s))
+            facts.kept.append(Kept(self.index, life, node.store.journal.round_index or 0, kind, value, at_s))
             if isinstance(value, Proposal):
                 self._note_draft(node, value)
             self._tell(kind)

@@ -8,10 +8,7 @@ from farflung.aggregation.outer import parse_outer
 from farflung.compression import parse_codec
 from farflung.protocol.schema import Schema, TensorSpec
 from farflung.sim.scenario import Scenario
-from farflung.sim.service_costs import ServiceCosts
-
-THREADS = 4
-"""Cores that a member's node has beside training; the measured table's own, four of a usual machine's eight."""
+from farflung.sim.service_costs import THREADS, ServiceCosts
 
 RESTART_S = 10.0
 """From a machine that comes back to a node that asks for the tip: torch and hivemind are imported, peers are found."""
