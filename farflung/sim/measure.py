@@ -10,6 +10,7 @@ from statistics import median
 from farflung.protocol.certificate import Certificate
 from farflung.protocol.identity import PeerId
 from farflung.sim.life import Life, Times
+from farflung.sim.population import MBIT_BYTES
 from farflung.sim.results import Blame, MemberResult, RoundResult, Segment
 from farflung.sim.world import World
 
@@ -159,8 +160,8 @@ class Measure:
         wire_sent, wire_received = self._world.fabric.wire_bytes(life.index)
         return MemberResult(
             name=spec.name,
-            up_mbit=spec.up_bytes_per_s * 8e-6,
-            down_mbit=spec.down_bytes_per_s * 8e-6,
+            up_mbit=spec.up_bytes_per_s / MBIT_BYTES,
+            down_mbit=spec.down_bytes_per_s / MBIT_BYTES,
             step_s=life.train_s / life.steps if life.steps else spec.step_s,
             online_s=life.online_s,
             train_s=sum(times.train_s for times in counted),
