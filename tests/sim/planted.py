@@ -8,7 +8,7 @@ from farflung.aggregation.outer import sgd
 from farflung.node import assembly
 from farflung.node.blobfiles import BlobFiles
 from farflung.node.local_phase import LocalPhase
-from farflung.node.outbox import Outbox
+from farflung.node.shell import Node
 from farflung.node.state_sync import StateSync
 from farflung.protocol import ballot, certificate
 from farflung.protocol.attendance import Attendance
@@ -86,9 +86,15 @@ def greedy_training(monkeypatch) -> None:
     monkeypatch.setattr(LocalPhase, "welcome", welcome)
 
 
-def deaf_training(monkeypatch) -> None:
-    """A member is never told what became of its update."""
-    monkeypatch.setattr(LocalPhase, "judge", lambda self, manifest, verdicts: True)
+def told_twice(monkeypatch) -> None:
+    """A member is told twice what became of its update."""
+    settle = LocalPhase._settle
+
+    def twice(self, verdict):
+        self._anchor.codec.observe(self.private, verdict)
+        settle(self, verdict)
+
+    monkeypatch.setattr(LocalPhase, "_settle", twice)
 
 
 def biased_proposer(monkeypatch) -> None:
@@ -107,12 +113,12 @@ def hoarder(monkeypatch) -> None:
 
 
 def orphans(monkeypatch) -> None:
-    """The senders of a node that ends go on."""
+    """The tasks of a node that ends go on."""
 
-    async def stop(self) -> None:
-        return None
+    async def end(self) -> None:
+        await self.outbox.stop()
 
-    monkeypatch.setattr(Outbox, "stop", stop)
+    monkeypatch.setattr(Node, "_end", end)
 
 
 def clumsy_disk(monkeypatch) -> None:
@@ -129,7 +135,7 @@ TEETH = {
     "votes make a quorum": lone_quorum,
     "states are recomputed": wrong_mean,
     "steps count once": greedy_training,
-    "verdicts come once": deaf_training,
+    "verdicts come once": told_twice,
     "what is here is listed": biased_proposer,
     "nothing fails": clumsy_disk,
     "memory is bounded": hoarder,

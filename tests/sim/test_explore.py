@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from planted import PLANTED
+from planted import PLANTED, TEETH
 
 from farflung.protocol.errors import ConfigError
 from farflung.sim.explore import explore, replay
@@ -163,6 +163,16 @@ def test_300_seeds_break_nothing():
     found = explore(range(300), shrink=False)
     assert found.seeds == 300
     assert found.violations == ()
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(900)
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # what a broken node leaves behind
+@pytest.mark.parametrize("law", TEETH)
+def test_every_law_can_be_broken(law, monkeypatch):
+    TEETH[law](monkeypatch)
+    found = explore(range(200), jobs=1, stop_after=12, shrink=False)
+    assert law in {violation.invariant for violation in found.violations}
 
 
 @pytest.mark.soak

@@ -127,8 +127,15 @@ class Stage(World):
         self.found(lives[0])
         self.first_certificate = certify_first(self.genesis, lives[0].identity.sign)
         self.facts = Facts(schedule, self.genesis, {life.peer_id: life.index for life in lives})
+        self.loop.set_exception_handler(self._unheard)
         self.messages = [action for action in schedule.actions if isinstance(action, OfMessages)]
         self._read: dict[bytes, Message] = {}
+
+    def _unheard(self, loop: object, context: dict[str, Any]) -> None:
+        """An error that nobody waits for, also one that only shows when a task is thrown away."""
+        self.facts.failures.append(f"{context.get('message')}: {context.get('exception')!r}")
+        self.over = True
+        self.changed()
 
     # -- whose task is it ---------------------------------------------------------------------------------------------
 
