@@ -5,7 +5,7 @@ from __future__ import annotations
 import json as json_text
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -16,7 +16,7 @@ from farflung.protocol.errors import ConfigError
 if TYPE_CHECKING:
     from farflung.sim.results import RunResult
     from farflung.sim.scenario import Scenario
-    from farflung.sim.sweep import Outcome
+    from farflung.sim.sweep import Job, Outcome
 
 FOLDER = Path("farflung-sim")
 """Reports go into a folder of the scenario's name in here, in the current one."""
@@ -39,6 +39,7 @@ def run(
     jobs: int = 0,
     engine: Literal["processes", "ray"] = "processes",
     log: Path | None = None,
+    trajectory: Annotated[bool, Switch] = False,
     plain: Annotated[bool, Switch] = False,
     json: Annotated[bool, Switch] = False,
     list_presets: Annotated[bool, Parameter(name="--list", negative="")] = False,
@@ -63,6 +64,8 @@ def run(
         "ray" uses the cluster that Ray finds.
     log
         Write the event log of a single training run here, for `farflung sim diff`.
+    trajectory
+        Train once per seed, and answer every network from that; refused where who takes part depends on the network.
     plain
         Lines of text instead of a progress bar.
     json
@@ -83,6 +86,8 @@ def run(
     loaded = load_scenario(scenario)
     sweeps = [parse_sweep(text) for text in sweep]
     work = make_jobs(loaded, seeds=range(seed, seed + seeds), sweeps=sweeps, folder=scenario_folder(scenario))
+    if trajectory:
+        work = _from_trajectories(work)
     if log is not None and (len(work) > 1 or engine == "ray"):
         raise ConfigError(
             f"--log is for a single run in this process: one seed and no sweep, got {len(work)} by {engine}"
@@ -277,6 +282,12 @@ def facts_of(result: RunResult) -> dict[str, Any]:
     facts = {name: value for name, value in asdict(result).items() if name not in ("segments", "rounds")}
     facts |= {"utilisation": result.utilisation, "bytes_sent": result.bytes_sent, "rounds": len(result.rounds)}
     return _finite(facts)  # type: ignore[no-any-return]
+
+
+def _from_trajectories(work: list[Job]) -> list[Job]:
+    from farflung.sim.trajectory_shelf import default_shelf
+
+    return [replace(job, shelf=default_shelf()) for job in work]
 
 
 def _list() -> int:

@@ -20,7 +20,7 @@ class EventLog:
 
     def __init__(self, path: Path | None = None) -> None:
         self._hash = hashlib.blake2b(digest_size=16)
-        self._file: TextIO | None = path.open("w", encoding="ascii", newline="\n") if path is not None else None
+        self._file: TextIO | None = _open(path) if path is not None else None
         self.events = 0
 
     def add(self, line: str) -> None:
@@ -48,6 +48,11 @@ class EventLog:
         if self._file is not None:
             self._file.close()
             self._file = None
+
+
+def _open(path: Path) -> TextIO:
+    """A log's file: what peers said need not be ASCII."""
+    return path.open("w", encoding="ascii", errors="backslashreplace", newline="\n")
 
 
 class Divergence(NamedTuple):

@@ -85,6 +85,7 @@ class _Tape:
         self.silence = ""
         self.hopeless = 0
         self.closed = {"all": 0, "grace": 0, "deadline": 0}
+        self.partial: tuple[int, int, int] | None = None
         self._digest = hashlib.sha256(f"{swarm.scenario!r} {swarm.seed}".encode())
 
     def add(self, trace: Trace) -> None:
@@ -95,6 +96,7 @@ class _Tape:
         self.members_seen = max(self.members_seen, len(listed))
         self.closed[trace.voting.why] += 1
         self.hopeless += trace.voting.hopeless
+        self.partial = self.partial or self._partial(trace)
         for part in (trace.adopted_n, trace.announced_n, trace.voting.certified_n):
             self._digest.update(np.ascontiguousarray(part).tobytes())
         self.rounds.append(
@@ -111,6 +113,18 @@ class _Tape:
             )
         )
         self.traces.append(replace(trace, heard_kn=trace.heard_kn[:0], gathered=None))
+
+    def _partial(self, trace: Trace) -> tuple[int, int, int] | None:
+        """The round, the first member who was away, left out or had to hurry, and the steps of it that counted."""
+        swarm, began_s, ended_s = self.swarm, trace.began_s, trace.ended_s
+        whole_n = trace.spoke_n & (trace.steps_n == swarm.run.inner_steps)
+        for member in range(swarm.n):
+            presence = swarm.presence[member]
+            away = not presence.always and presence.powered_s(began_s, ended_s) < (ended_s - began_s) * (1 - 1e-9)
+            if away or not whole_n[member]:
+                counted = trace.spoke_n[member] and not away
+                return trace.index, member, int(trace.steps_n[member]) if counted else 0
+        return None
 
     def _loss(self) -> float | None:
         """The estimate for the tokens so far, as if the schedule ended here. None where no law reaches."""
@@ -259,6 +273,9 @@ class _Tape:
             "closed_grace": float(self.closed["grace"]),
             "closed_deadline": float(self.closed["deadline"]),
         }
+        if self.partial is not None:
+            names = ("partial_round", "partial_member", "partial_steps")
+            extra |= {name: float(value) for name, value in zip(names, self.partial, strict=True)}
         pace = self._pace()
         if pace:
             extra["tokens_per_s"] = pace
