@@ -46,9 +46,15 @@ def equip(life: Life, attack: Attack, rng: np.random.Generator, members: int) ->
             life.world.channels.machines[life.index].lies = _starver(life, victims, attack)
 
 
+def _begun(life: Life, attack: Attack) -> bool:
+    """Whether the attack is on: rounds that trained count, as everywhere in a scenario."""
+    machine = life.node.machine if life.node is not None else None
+    return machine is not None and machine.parent.trained + 1 >= attack.from_round
+
+
 def _from_round(attack: Attack, change: Callable[[LocalResult], torch.Tensor]) -> Callable[..., LocalResult]:
     def lie(life: Life, result: LocalResult) -> LocalResult:
-        return replace(result, delta_d=change(result)) if result.round_index >= attack.from_round else result
+        return replace(result, delta_d=change(result)) if _begun(life, attack) else result
 
     return lie
 
@@ -60,9 +66,7 @@ def _noise(delta_d: torch.Tensor, strength: float, rng: np.random.Generator) -> 
 
 def _garbage(life: Life, attack: Attack, rng: np.random.Generator) -> Callable[[bytes], bytes]:
     def lie(payload: bytes) -> bytes:
-        machine = life.node.machine if life.node is not None else None
-        begun = machine is not None and machine.round_index >= attack.from_round
-        return rng.bytes(len(payload)) if begun else payload
+        return rng.bytes(len(payload)) if _begun(life, attack) else payload
 
     return lie
 
@@ -73,7 +77,7 @@ def _straggler(attack: Attack) -> Callable[[Life, LocalResult], Awaitable[None]]
     async def wait(life: Life, result: LocalResult) -> None:
         machine = life.node.machine if life.node is not None else None
         adopted_s = life.times(result.round_index).adopted_s
-        if machine is None or adopted_s is None or result.round_index < attack.from_round:
+        if machine is None or adopted_s is None or not _begun(life, attack):
             return
         patience_s = machine.pace.speak.value_s * attack.strength - EARLY_S
         await asyncio.sleep(max(0.0, adopted_s + patience_s - life.clock.now_s()))
@@ -89,9 +93,7 @@ def _victims(index: int, attack: Attack, rng: np.random.Generator, members: int)
 
 def _starver(life: Life, victims: frozenset[int], attack: Attack) -> Callable[[str, int, bytes], bytes | None]:
     def lie(method: str, caller: int, data: bytes) -> bytes | None:
-        node = life.node
-        begun = node is not None and node.machine is not None and node.machine.round_index >= attack.from_round
-        return None if method == "Fetch" and caller in victims and begun else data
+        return None if method == "Fetch" and caller in victims and _begun(life, attack) else data
 
     return lie
 
@@ -102,8 +104,9 @@ def _equivocate(life: Life, node: Node, attack: Attack) -> None:
 
     def lie(peer: PeerId, kind: str, envelope: bytes) -> None:
         machine = node.machine
-        odd = machine is not None and sorted(machine.parent.member_of).index(peer) % 2 == 1 if machine else False
-        if kind != "Announcement" or not odd or machine is None or machine.round_index < attack.from_round:
+        members = sorted(machine.parent.member_of) if machine is not None else []
+        odd = peer in members and members.index(peer) % 2 == 1
+        if kind != "Announcement" or not odd or machine is None or not _begun(life, attack):
             put(peer, kind, envelope)
             return
         if machine.round_index not in made:

@@ -187,7 +187,7 @@ class Life:
         self.online_s += self.clock.now_s() - self._on_since_s
         self._on_since_s = self.clock.now_s()
         if self.node is not None:
-            self.bytes = [*self.traffic()]
+            self.bytes = [*self._real_traffic()]
             self.steps += self.node.parts.audit.steps
             self.tokens += self.node.parts.audit.tokens
         if self.trainee is not None:
@@ -195,11 +195,14 @@ class Life:
 
     def traffic(self) -> tuple[int, int]:
         """Bytes of messages sent and received in all lives so far; bulk as that of the model that is charged."""
+        (sent, received), machine = self._real_traffic(), self.world.channels.machines[self.index]
+        return sent + machine.charged_sent, received + machine.charged_received
+
+    def _real_traffic(self) -> tuple[int, int]:
         sent, received = self.bytes
-        if isinstance(transport := self.node and self.node.parts.transport, SimTransport):
-            traffic, charged = transport.traffic, self.world.channels.charged
-            sent += traffic.control_sent + charged(traffic.bulk_sent)
-            received += traffic.control_received + charged(traffic.bulk_received)
+        if self.node is not None:
+            sent += self.node.parts.transport.bytes_sent
+            received += self.node.parts.transport.bytes_received
         return sent, received
 
     # -- one life -----------------------------------------------------------------------------------------------------

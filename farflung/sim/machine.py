@@ -50,6 +50,9 @@ class Machine:
 
         self.handled: dict[int, asyncio.Task[None]] = {}
         self.connections: dict[int, Connection] = {}
+        self.charged_sent = self.charged_received = 0
+        """Bytes that were charged beyond those of real messages."""
+
         self.dead = False
         """Without power: it neither calls nor answers."""
 
@@ -104,12 +107,15 @@ class Channels:
         """How large so many bytes of a payload or a state count: they stand for those of a bigger model."""
         return size if self._scale == 1.0 else math.ceil(size * self._scale)
 
-    def charged_message(self, name: str, data: bytes) -> int:
+    def charged_message(self, name: str, data: bytes, source: int, target: int) -> int:
         """The same for a message: only a chunk's own bytes grow, not its frame, nor a list of digests."""
         if name != "Fetch" or self._scale == 1.0:
             return len(data)
         chunk = pb.BlobChunk.FromString(data)
-        return len(data) if chunk.index == DIGEST_LIST else len(data) + self.charged(len(chunk.data)) - len(chunk.data)
+        more = 0 if chunk.index == DIGEST_LIST else self.charged(len(chunk.data)) - len(chunk.data)
+        self.machines[source].charged_sent += more
+        self.machines[target].charged_received += more
+        return len(data) + more
 
     def lost(self) -> bool:
         """Whether a control call never arrives."""

@@ -45,6 +45,7 @@ class Measure:
 
     def _round(self, certificate: Certificate) -> RoundResult:
         manifest = certificate.manifest
+        parent = self._world.certificates.get(manifest.round_index - 1)
         index, start_s, end_s = manifest.round_index, self._start_s(manifest.round_index), self._end_s(certificate)
         sizes = [item.payload.size for item in manifest.payloads if item.payload is not None]
         losses = self.losses(certificate)
@@ -52,7 +53,7 @@ class Measure:
             round_index=manifest.trained,
             start_s=start_s,
             end_s=end_s,
-            members=len(manifest.member_of),
+            members=len(parent.manifest.member_of) if parent is not None else len(manifest.member_of),
             payloads=len(sizes),
             payload_bytes=self._world.channels.charged(sum(sizes) // len(sizes)),
             views=certificate.view,
@@ -92,8 +93,7 @@ class Measure:
             return (Blame("protocol", -1, end_s - start_s),)
         slowest = max(sorted(trained), key=lambda peer: trained[peer])
         speaker = max(sorted(spoke), key=lambda peer: spoke[peer])
-        reader = self._reader(certificate)
-        arrived = {peer: when for peer, when in reader.times(index).arrived_s.items() if peer in times}
+        reader, arrived = self._reader(certificate)
         last = max(sorted(arrived), key=lambda peer: arrived[peer]) if arrived else speaker
         line, owner = self._bottleneck(last, reader, len(counted))
         marks: list[tuple[float, str, int]] = [
@@ -110,12 +110,17 @@ class Measure:
             at_s = until_s
         return (*blame, *self._tail(certificate, end_s - at_s))
 
-    def _reader(self, certificate: Certificate) -> Life:
-        """The member whose view of the round counts: the one in the middle of those who applied it."""
+    def _reader(self, certificate: Certificate) -> tuple[Life, dict[PeerId, float]]:
+        """The member that completed the majority who hold every payload, and when each reached it."""
         index = certificate.manifest.round_index
-        lives = [life for life in self._world.lives if life.times(index).applied_s is not None]
-        ordered = sorted(lives, key=lambda life: (life.times(index).applied_s, life.index))
-        return ordered[len(ordered) // 2]
+        counted = [item.peer_id for item in certificate.manifest.payloads]
+        held = [
+            (life, {peer: life.times(index).arrived_s[peer] for peer in counted if peer in life.times(index).arrived_s})
+            for life in self._world.lives
+            if life.times(index).applied_s is not None
+        ]
+        held.sort(key=lambda one: (max(one[1].values(), default=0.0), one[0].index))
+        return held[len(held) // 2]
 
     def _bottleneck(self, last: PeerId, reader: Life, payloads: int) -> tuple[str, int]:
         """The line that the last payload waited for: its maker's, the reader's, or all uploads together."""
@@ -167,8 +172,8 @@ class Measure:
             train_s=sum(times.train_s for times in counted),
             steps=life.steps,
             tokens=life.tokens,
-            bytes_sent=life.bytes[0],
-            bytes_received=life.bytes[1],
+            bytes_sent=life.traffic()[0],
+            bytes_received=life.traffic()[1],
             wire_sent=wire_sent,
             wire_received=wire_received,
             rounds_counted=len(counted),

@@ -183,7 +183,8 @@ class Training:
     def _is_over(self) -> bool:
         there = [life for life in self.world.lives if life.on]
         done = [life for life in there if life.trainee is not None and life.trainee.learner.finished]
-        honest = [life for life in there if life.spec.attack is None]
+        # An attacker may never finish, and whom nobody can call never begins.
+        honest = [life for life in there if life.spec.attack is None and life.spec.reachable]
         trained = max((item.manifest.trained for item in self.world.certificates.values()), default=0)
         over = trained >= self.scenario.rounds
         return over and all(life in done or life.trainee is None for life in honest)
