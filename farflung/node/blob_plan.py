@@ -62,7 +62,7 @@ class Plan:
         rates = {peer: record.upload_bytes_per_s for peer, record in latest.items()}
         rates[self.me] = self.my_upload_bytes_per_s
         self._weights = relay_weights(rates)
-        mean = sum(self._weights.values()) / len(self._weights)
+        mean = math.fsum(self._weights.values()) / len(self._weights)
         self._slow = {peer for peer, weight in self._weights.items() if weight < 0.5 * mean}
         ordered = sorted(self._weights)
         for download in self.downloads.values():

@@ -328,9 +328,12 @@ class Node:
             try:
                 await self.parts.exchange.fetch(ref, origin=peer, peers=members, deadline_s=SNAPSHOT_S)
             except TimeoutError:
-                if self.machine is not None and self.machine.certificate is not None:
+                machine = self.machine
+                if machine is None or machine.certificate is None:
+                    continue
+                if any(item.payload == ref for item in machine.missing(machine.certificate.manifest)):
                     self._lost.set()  # the round is long over for others: they may have dropped its payloads
-                    return
+                return
         held = self.store.blob(ref.digest)
         if held is None:
             raise LocalError(f"a fetched payload is not on disk: {ref.short}")

@@ -6,6 +6,7 @@ a chunk is fetched twice or waits until it is seen to be stalled.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from statistics import median
 
@@ -25,7 +26,7 @@ def relay_weights(upload_bytes_per_s: Mapping[PeerId, int]) -> dict[PeerId, floa
     typical = median(known)
     rates = {peer: float(rate or typical) for peer, rate in upload_bytes_per_s.items()}
     n = len(rates)
-    duration = max(1 / min(rates.values()), n * (n - 1) / sum(rates.values()))
+    duration = max(1 / min(rates.values()), n * (n - 1) / math.fsum(rates.values()))
     weights = {peer: max(0.0, rate * duration - 1) for peer, rate in rates.items()}
     return weights if any(weights.values()) else dict.fromkeys(rates, 1.0)
 
@@ -43,7 +44,7 @@ def stripe_owners(members: Sequence[PeerId], weights: Mapping[PeerId, float], ch
         share = [1.0] * len(ordered)
     if len(set(share)) == 1:
         return [ordered[index % len(ordered)] for index in range(chunks)]
-    total, credit, owners = sum(share), [0.0] * len(ordered), list[PeerId]()
+    total, credit, owners = math.fsum(share), [0.0] * len(ordered), list[PeerId]()
     for _ in range(chunks):
         credit = [have + more for have, more in zip(credit, share, strict=True)]
         best = max(range(len(ordered)), key=lambda place: (credit[place], -place))

@@ -20,6 +20,9 @@ from farflung.node.optimizer_state import optimizer_tensors, pack_plain, restore
 from farflung.node.tasks.task import Batch, Task, count_tokens
 from farflung.protocol.errors import ConfigError, LocalError
 
+REWARM_STEPS = 10
+"""Over which a late joiner without inner moments raises its learning rate: Adam's second moment needs about 10."""
+
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 

@@ -17,14 +17,11 @@ from farflung.node.progress import Progress
 from farflung.node.signals import Signals
 from farflung.node.swarm import Swarm
 from farflung.node.tasks import Task, count_tokens, load_described
-from farflung.node.trainer import Trainer, TrainerSettings
+from farflung.node.trainer import REWARM_STEPS, Trainer, TrainerSettings
 from farflung.protocol.errors import ConfigError, LocalError
 from farflung.protocol.genesis import Genesis
 
 log = logging.getLogger(__name__)
-
-REWARM_STEPS = 10
-"""Over which a late joiner without inner moments raises its learning rate: Adam's second moment needs about 10."""
 
 
 @dataclass(frozen=True)

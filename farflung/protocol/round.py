@@ -73,6 +73,7 @@ class RoundMachine:
     certificate: Certificate | None = None
     leaving: bool = False
     view_ends_s: float = math.inf
+    proposed_s: float | None = None
     resend_s: float = 0.0
     answered: set[PeerId] = field(default_factory=set)
     rounds_of: dict[PeerId, int] = field(default_factory=dict)
@@ -248,7 +249,7 @@ class RoundMachine:
         self.ballot = Ballot(self.parent, self.me.peer_id)
         self.asked, self.answered = set(), set()
         self.staging = self.staged = self.certificate = None
-        self.view_ends_s, self.resend_s = math.inf, now_s
+        self.view_ends_s, self.resend_s, self.proposed_s = math.inf, now_s, None
         over = 0 < self.genesis.rounds <= self.parent.trained
         self.phase = Phase.DONE if over else Phase.TRAINING if self.is_member else Phase.FOLLOWING
 
@@ -271,6 +272,8 @@ class RoundMachine:
         closes = self.certificate is None and self.attendance.watch(now_s, self.pace.speak.value_s)
         if closes and self.ballot.votes_here:  # nobody else moves to the next view: a timer would only ring for ever
             self.view_ends_s = now_s + self.pace.view_s(self.ballot.view)
+        if self.proposed_s is None and self.ballot.proposals:
+            self.proposed_s = now_s
         self._count_votes()
         if self.certificate is None:
             if self.ballot.votes_here:
@@ -306,10 +309,9 @@ class RoundMachine:
 
     def _begun(self) -> Manifest | None:
         """An earlier view's proposal that I am applying: proposed again, nobody's work on it is lost."""
-        earlier = self.ballot.proposals
-        return next(
-            (earlier[view] for view in sorted(earlier, reverse=True) if earlier[view].digest == self.staging), None
-        )
+        proposals, done = self.ballot.proposals, self.staged[0] if self.staged is not None else None
+        begun = [view for view in proposals if proposals[view].digest in (self.staging, done)]
+        return proposals[max(begun)] if begun else None
 
     def _time_out(self, now_s: float) -> None:
         """Move to the next view when mine took too long, or to one in which somebody waits already."""
@@ -378,8 +380,10 @@ class RoundMachine:
         attendance = self.attendance
         if attendance.spoken_s is not None:
             self.pace.speak.observe(attendance.spoken_s - attendance.started_s)
-        if attendance.closed_s is not None:  # over all views: where all time out because applying takes long, it grows
-            self.pace.certify.observe(now_s - attendance.closed_s)
+        # From the first proposal over all views: it grows where applying takes longer than a view, and does not where
+        # a proposer was silent.
+        if attendance.closed_s is not None and self.proposed_s is not None:
+            self.pace.certify.observe(now_s - max(attendance.closed_s, self.proposed_s))
 
     def _resend(self, now_s: float) -> None:
         """Say again what this round needs of me, for whoever missed it; this is also the heartbeat."""

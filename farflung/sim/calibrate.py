@@ -265,7 +265,7 @@ def _rehearse(seen: Seen, lines: Lines, fsync_ms: float, seed: int) -> Rehearsal
         training = Training(scenario, seed, Path(folder), None, None, None)
         training.run(0.0)
         beside = [gap for life in training.world.lives for gap in _beside_steps(life.history)]
-        return Rehearsal(read_swarms([Path(folder)])[0], sum(beside) / len(beside))
+        return Rehearsal(read_swarms([Path(folder)])[0], math.fsum(beside) / len(beside))
 
 
 def _beside_steps(history: Mapping[int, Times]) -> Iterator[float]:

@@ -78,6 +78,8 @@ class _Stream:
             raise call_error(_Code.CANCELLED, "cancelled by the caller")
         if self._call is None:
             connection = await self._channel._connected()
+            if self._over:
+                raise call_error(_Code.CANCELLED, "cancelled by the caller")
             self._call = Call(connection, self._method, self._request)
         return await self._call.read()
 

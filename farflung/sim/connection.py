@@ -38,6 +38,9 @@ class Connection:
         self.source, self.target = source, target
         self.out, self.back = Pipe(source, target), Pipe(target, source)
         self.calls: dict[int, Call] = {}
+        self.answering: dict[int, asyncio.Task[None]] = {}
+        """Answers at work, also those whose caller does not listen any more."""
+
         self.ready: asyncio.Future[None] = self.loop.create_future()
         self.gone = ""
         self._watch: asyncio.TimerHandle | None = None
@@ -92,8 +95,12 @@ class Connection:
 
     _silent = False
 
-    def break_up(self, why: str) -> None:
-        """All calls on it end: the caller hears UNAVAILABLE, the answering side is cancelled."""
+    def break_up(self, why: str, by: int | None = None) -> None:
+        """All calls on it end: the caller hears UNAVAILABLE, the answering side is cancelled.
+
+        At the end where it broke (`by`; None: at both) at once, at the other a latency later; across a partition only
+        keepalive tells.
+        """
         if self.gone:
             return
         self.gone = why
@@ -106,10 +113,27 @@ class Connection:
         if not self.ready.done():
             self.ready.set_exception(call_error(_Code.UNAVAILABLE, why))
             self.ready.exception()
+        away_s = 0.0
+        if by is not None:
+            cut = self.fabric.cut_between(self.source, self.target)
+            away_s = KEEPALIVE_S if cut else self.fabric.topology.one_way_latency_s(self.source, self.target)
+        for delay_s, ending in (
+            (0.0 if by != self.target else away_s, self._end_calls),
+            (0.0 if by != self.source else away_s, self._end_answers),
+        ):
+            if delay_s > 0:
+                self.loop.call_later(delay_s, ending)
+            else:
+                ending()
+
+    def _end_calls(self) -> None:
         for call in [*self.calls.values()]:
-            call.end(_Code.UNAVAILABLE, why)
-            call.stop_answer()
+            call.end(_Code.UNAVAILABLE, self.gone)
         self.calls.clear()
+
+    def _end_answers(self) -> None:
+        for task in [*self.answering.values()]:
+            task.cancel()
 
 
 class Call:
@@ -134,8 +158,12 @@ class Call:
         if self._code is None:
             machine = self._machine
             task = self._connection.loop.create_task(self._answer(), name=f"{self._name} at {machine.index}")
-            machine.handled[self._number] = task
-            task.add_done_callback(lambda _: machine.handled.pop(self._number, None))
+            machine.handled[self._number] = self._connection.answering[self._number] = task
+            task.add_done_callback(self._answered)
+
+    def _answered(self, task: asyncio.Task[None]) -> None:
+        self._machine.handled.pop(self._number, None)
+        self._connection.answering.pop(self._number, None)
 
     @property
     def _machine(self) -> Machine:
@@ -157,6 +185,8 @@ class Call:
                 await self._push(await handler.unary_unary(self._request, context))
         except Aborted as refusal:
             self._send_end(refusal.code, refusal.details)
+        except Exception as error:
+            self._send_end(_Code.UNKNOWN, f"a bug in what answers {self._name}: {error!r}")
         else:
             self._send_end(_Code.OK, "")
 

@@ -70,6 +70,7 @@ class Fabric:
 
         self._timer: asyncio.TimerHandle | None = None
         self._settling = False
+        self._up = [node.up_bytes_per_s for node in topology.nodes]
         self._uploads = [0] * len(topology.nodes)
         """Bulk flows that leave a machine now."""
 
@@ -116,8 +117,8 @@ class Fabric:
     def _send_small(self, pipe: Pipe, parcel: Parcel) -> None:
         size = parcel.size + PACKET_BYTES
         self.small_sent[pipe.source] += size
-        node = self.topology.nodes[pipe.source]
-        own_s = size / node.up_bytes_per_s if node.up_bytes_per_s else 0.0
+        up = self._up[pipe.source]
+        own_s = size / up if up else 0.0
         wait_s = own_s + self.queue_s(pipe.source)
         if parcel.sent is not None:
             self.loop.call_soon(parcel.sent)
@@ -125,10 +126,10 @@ class Fabric:
 
     def queue_s(self, node: int) -> float:
         """How long a packet waits behind bulk at a machine's uplink: on `fq` not at all, on `fifo` the whole queue."""
-        links = self.topology.nodes[node]
-        if links.queue != "fifo" or not self._uploads[node] or not links.up_bytes_per_s:
+        links, up = self.topology.nodes[node], self._up[node]
+        if links.queue != "fifo" or not self._uploads[node] or not up:
             return 0.0
-        return links.buffer_bytes / links.up_bytes_per_s
+        return links.buffer_bytes / up
 
     def _deliver(self, pipe: Pipe, parcel: Parcel, left_ns: int) -> None:
         latency_ns = int(self.topology.one_way_latency_s(pipe.source, pipe.target) * NS)
@@ -242,6 +243,8 @@ class Fabric:
         self, node: int, *, up_bytes_per_s: float | None = None, down_bytes_per_s: float | None = None
     ) -> None:
         """Change a machine's line."""
+        if up_bytes_per_s is not None:
+            self._up[node] = up_bytes_per_s
         self.network.set_node(node, self.loop.now_ns, up_bytes_per_s=up_bytes_per_s, down_bytes_per_s=down_bytes_per_s)
         self._settle_later()
 

@@ -31,10 +31,12 @@ async def _until(world: World, when_s: float) -> None:
 async def _come_and_go(world: World, life: Life) -> None:
     for session in life.spec.sessions:
         await _until(world, session.start_s)
-        life.start()
+        life.wanted = True
+        life.resume()
         if math.isinf(session.end_s):
             return
         await _until(world, session.end_s)
+        life.wanted = False
         await (life.crash() if session.crash else life.leave())
 
 
@@ -44,50 +46,50 @@ async def _happen(world: World, number: int, fault: Fault) -> None:
         return
     await _until(world, fault.at_s)
     world.log.add(f"{world.loop.now_ns} fault {fault.kind} {','.join(map(str, fault.members))}")
-    lives = [world.lives[index] for index in fault.members]
-    before = [(life.disk.slower, life.clock.skew_s) for life in lives]
-    await _begin(world, number, fault, lives)
-    if fault.for_s <= 0:
-        return
-    await asyncio.sleep(fault.for_s)
-    world.log.add(f"{world.loop.now_ns} end of {fault.kind}")
-    if fault.kind == "partition":
-        world.fabric.heal(number)
-    for life, (slower, skew_s) in zip(lives, before, strict=True):
-        match fault.kind:
-            case "crash" | "leave":
-                life.start()
-            case "slow_disk":
-                life.disk.slower = slower
-            case "clock_skew":
-                life.clock.skew_s = skew_s
-            case "link":
-                spec = life.spec
-                world.fabric.set_node(
-                    life.index, up_bytes_per_s=spec.up_bytes_per_s, down_bytes_per_s=spec.down_bytes_per_s
-                )
-
-
-async def _begin(world: World, number: int, fault: Fault, lives: list[Life]) -> None:
     if fault.kind == "partition":
         world.fabric.cut(number, fault.members)
-    for life in lives:
-        match fault.kind:
-            case "crash":
-                await life.crash()
-            case "leave":
-                await life.leave()
-            case "slow_disk":
-                life.disk.slower = fault.factor
-            case "clock_skew":
-                life.clock.skew_s = fault.factor
-            case "link":
-                spec = life.spec
-                world.fabric.set_node(
-                    life.index,
-                    up_bytes_per_s=spec.up_bytes_per_s * fault.factor,
-                    down_bytes_per_s=spec.down_bytes_per_s * fault.factor,
-                )
+    lives = [world.lives[index] for index in fault.members]
+    ending = [world.loop.create_task(_hit(world, number, fault, life), name=f"fault {number}") for life in lives]
+    if fault.for_s > 0:
+        await _until(world, fault.at_s + fault.for_s)
+    for task in ending:
+        await task
+    if fault.for_s > 0:
+        world.log.add(f"{world.loop.now_ns} end of {fault.kind}")
+        if fault.kind == "partition":
+            world.fabric.heal(number)
+        for life in lives:
+            _recover(world, number, life)
+
+
+async def _hit(world: World, number: int, fault: Fault, life: Life) -> None:
+    match fault.kind:
+        case "crash":
+            life.held[number] = None
+            await life.crash()
+        case "leave":
+            life.held[number] = None
+            await life.leave()
+        case "slow_disk" | "clock_skew" | "link":
+            life.ailments[number] = (fault.kind, fault.factor)
+            _feel(world, life)
+
+
+def _recover(world: World, number: int, life: Life) -> None:
+    life.held.pop(number, None)
+    life.ailments.pop(number, None)
+    _feel(world, life)
+    life.resume()
+
+
+def _feel(world: World, life: Life) -> None:
+    """Put what ails a member now into effect: factors multiply, seconds of skew add up."""
+    spec, ailments = life.spec, life.ailments.values()
+    life.disk.slower = math.prod(factor for kind, factor in ailments if kind == "slow_disk")
+    life.clock.skew_s = spec.clock_skew_s + math.fsum(factor for kind, factor in ailments if kind == "clock_skew")
+    part = math.prod(factor for kind, factor in ailments if kind == "link")
+    up, down = spec.up_bytes_per_s * part, spec.down_bytes_per_s * part
+    world.fabric.set_node(life.index, up_bytes_per_s=up, down_bytes_per_s=down)
 
 
 def _watch_caps(world: World) -> Callable[[Life, Certificate, Trial], None]:

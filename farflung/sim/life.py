@@ -38,6 +38,9 @@ from farflung.sim.workers import Costs, Disk, Workers
 if TYPE_CHECKING:
     from farflung.sim.world import World
 
+LEAVE_S = 8.0
+"""How long a user waits for a polite leave."""
+
 SECRET = b"sixteen bytes or more, for everybody in this world"
 
 
@@ -112,13 +115,24 @@ class Life:
         """Called with every new node of this member."""
 
         self._tasks: list[asyncio.Task[None]] = []
+        self._stopping: asyncio.Event | None = None
+        self._again = False
+        self.wanted = False
+        """Whether its session says that it should be on."""
+
+        self.held: dict[int, None] = {}
+        """Faults that keep it off meanwhile."""
+
+        self.ailments: dict[int, tuple[str, float]] = {}
+        """Faults that make it slower or wrong meanwhile: kind and factor."""
+
         self.finished = False
         self.gone = False
         """It will not come back."""
 
         self.history: dict[int, Times] = {}
         self.train_s = self.online_s = 0.0
-        self._on_since_s = 0.0
+        self._on_since_s: float | None = None
         self.bytes = [0, 0]
         """Sent and received in earlier lives."""
 
@@ -145,17 +159,25 @@ class Life:
     # -- on and off ---------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Begin a life: from what is on disk, like the real thing."""
-        if self.on or self.gone:
+        """Begin a life: from what is on disk, like the real thing. While the one before ends: as soon as it has."""
+        if self._stopping is not None:
+            self._again = True
+        if self.on or self.gone or self._stopping is not None:
             return
         self.lives += 1
         self._on_since_s = self.clock.now_s()
         self.world.log.member(self.world.loop.now_ns, self.index, "starts")
         self._tasks = [self.world.loop.create_task(self._live(), name=f"life {self.index}")]
 
+    def resume(self) -> None:
+        """Start if the session wants it and no fault keeps it off."""
+        if self.wanted and not self.held:
+            self.start()
+
     async def crash(self) -> None:
-        """A power cut: the disk is what was written, the network falls silent, and nothing says good-bye."""
+        """kill -9: the disk is what was written, and peers hear of it only from connections that are reset."""
         if not self.on:
+            await self._stop()
             return
         self.world.log.member(self.world.loop.now_ns, self.index, "crashes")
         after = self.world.folder / f"member-{self.index}.{self.lives}"
@@ -167,25 +189,41 @@ class Life:
 
     async def leave(self) -> None:
         """Leave politely; returns when it is released, or after as long as a user would wait."""
+        number = self.lives
         if self.on and self.node is not None:
             self.world.log.member(self.world.loop.now_ns, self.index, "leaves")
             self.node.leave()
-            await asyncio.wait([self._tasks[0]], timeout=8.0)
-        await self._stop()
+            await asyncio.wait([self._tasks[0]], timeout=LEAVE_S)
+        if self.lives == number:  # or somebody else has ended that life meanwhile, and begun another
+            await self._stop()
 
     async def _stop(self) -> None:
+        """End this life, whatever it is doing; returns when nothing of it is left."""
+        if self._stopping is not None:
+            await self._stopping.wait()
+            return
+        self._stopping = ended = asyncio.Event()
         tasks, self._tasks = self._tasks, []
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        if tasks:
+            await asyncio.wait(tasks)
         self.world.channels.machines[self.index].silence()
         self._account()
         self.node = self.trainee = None
+        self._stopping = None
+        ended.set()
+        self.world.changed()
+        if self._again:
+            self._again = False
+            self.start()
 
     def _account(self) -> None:
         """Add this life's sums to the member's."""
+        if self._on_since_s is None:
+            return
         self.online_s += self.clock.now_s() - self._on_since_s
-        self._on_since_s = self.clock.now_s()
+        self._on_since_s = None
         if self.node is not None:
             self.bytes = [*self._real_traffic()]
             self.steps += self.node.parts.audit.steps
@@ -231,7 +269,7 @@ class Life:
         finally:
             if training is not None and not training.done():
                 training.cancel()
-                await asyncio.gather(training, return_exceptions=True)
+                await asyncio.wait([training])
 
     async def _train(self) -> None:
         assert self.trainee is not None
@@ -275,7 +313,7 @@ class Life:
         home = Home(self.folder)
         store = stack.enter_context(home.run(run_id))
         store.write_genesis(world.genesis.canonical_bytes)
-        workers = Workers(world.desk, self.disk, self._costs)
+        workers = Workers(world.desk, self.disk, self._costs, world.loop.time)
         book = RecordBook(run_id)
         answers = Answers(book, store, home.identity.peer_id, self.clock)
         transport = SimTransport(run_id, world.channels, self.index, self.clock, reachable=self.spec.reachable)

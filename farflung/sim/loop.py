@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Executor
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 from farflung.protocol.errors import LocalError
 from farflung.sim.inline import InlineExecutor
@@ -31,37 +32,16 @@ TURNS_MAX = 1_000_000
 CANCELLED_MAX = 1024
 """Cancelled timers that may lie in the heap before it is cleaned, if they are also the larger half of it."""
 
+# fmt: off
 _REAL = (
-    "add_reader",
-    "remove_reader",
-    "add_writer",
-    "remove_writer",
-    "sock_recv",
-    "sock_recv_into",
-    "sock_sendall",
-    "sock_connect",
-    "sock_accept",
-    "sock_sendto",
-    "sock_recvfrom",
-    "sock_recvfrom_into",
-    "sock_sendfile",
-    "create_connection",
-    "create_server",
-    "create_unix_connection",
-    "create_unix_server",
-    "create_datagram_endpoint",
-    "connect_accepted_socket",
-    "start_tls",
-    "sendfile",
-    "connect_read_pipe",
-    "connect_write_pipe",
-    "subprocess_exec",
-    "subprocess_shell",
-    "add_signal_handler",
-    "remove_signal_handler",
-    "getaddrinfo",
-    "getnameinfo",
+    "add_reader", "remove_reader", "add_writer", "remove_writer", "sock_recv", "sock_recv_into", "sock_sendall",
+    "sock_connect", "sock_accept", "sock_sendto", "sock_recvfrom", "sock_recvfrom_into", "sock_sendfile",
+    "create_connection", "create_server", "create_unix_connection", "create_unix_server",
+    "create_datagram_endpoint", "connect_accepted_socket", "start_tls", "sendfile", "connect_read_pipe",
+    "connect_write_pipe", "subprocess_exec", "subprocess_shell", "add_signal_handler", "remove_signal_handler",
+    "getaddrinfo", "getnameinfo",
 )
+# fmt: on
 """What would wait for the real world."""
 
 
@@ -79,7 +59,8 @@ class VirtualLoop(_Base):  # type: ignore[misc]  # most of an event loop is inpu
         self.now_ns = 0
         self._ready: deque[asyncio.Handle] = deque()
         self._heap: list[tuple[int, int, asyncio.TimerHandle]] = []
-        self._sequence = self._cancelled = 0
+        self._sequence = self._cancelled = self._made = self._turns = 0
+        self._numbers: WeakKeyDictionary[asyncio.Task[Any], int] = WeakKeyDictionary()
         self._running = self._stopping = self._closed = False
         self._evening: list[Callable[[], object]] = []
         self._handler: Callable[[asyncio.AbstractEventLoop, dict[str, Any]], object] | None = None
@@ -184,15 +165,15 @@ class VirtualLoop(_Base):  # type: ignore[misc]  # most of an event loop is inpu
             sys.set_asyncgen_hooks(*hooks)
 
     def _run_ready(self) -> None:
-        ready, turns = self._ready, 0
+        ready = self._ready
         while ready and not self._stopping:
             handle = ready.popleft()
             if not handle.cancelled():
                 handle._run()
-            turns += 1
-            if turns > TURNS_MAX:
+            self._turns += 1
+            self.callbacks += 1
+            if self._turns > TURNS_MAX:
                 raise LocalError(f"time stands still at {self.time():.6f} s; {self.blocked()}")
-        self.callbacks += turns
 
     def _jump(self) -> bool:
         """Go to the next timer, and make all of its instant ready. False if there is none."""
@@ -202,7 +183,8 @@ class VirtualLoop(_Base):  # type: ignore[misc]  # most of an event loop is inpu
             self._cancelled = max(0, self._cancelled - 1)
         if not heap:
             return False
-        self.now_ns = heap[0][0]
+        if heap[0][0] > self.now_ns:
+            self.now_ns, self._turns = heap[0][0], 0
         while heap and heap[0][0] == self.now_ns:
             handle = heapq.heappop(heap)[2]
             handle._scheduled = False  # type: ignore[attr-defined]
@@ -252,7 +234,7 @@ class VirtualLoop(_Base):  # type: ignore[misc]  # most of an event loop is inpu
 
     def blocked(self) -> str:
         """Every task that waits, and where: for reports of a deadlock."""
-        tasks = sorted(asyncio.all_tasks(self), key=lambda task: task.get_name())
+        tasks = sorted(asyncio.all_tasks(self), key=self.number_of)
         return f"{len(tasks)} tasks wait: " + "; ".join(f"{task.get_name()} at {_place(task)}" for task in tasks)
 
     # -- making things ------------------------------------------------------------------------------------------------
@@ -264,7 +246,14 @@ class VirtualLoop(_Base):  # type: ignore[misc]  # most of an event loop is inpu
     def create_task(self, coro: Any, **options: Any) -> asyncio.Task[Any]:
         """A task of this loop; it begins after what is ready already."""
         self._check_open()
-        return asyncio.Task(coro, loop=self, **options)
+        task = asyncio.Task(coro, loop=self, **options)
+        self._made += 1
+        self._numbers[task] = self._made
+        return task
+
+    def number_of(self, task: asyncio.Task[Any]) -> int:
+        """Tasks are numbered in the order in which they were made; names may be shared."""
+        return self._numbers.get(task, 0)
 
     def run_in_executor(self, executor: Executor | None, func: Callable[..., T], *args: Any) -> asyncio.Future[T]:
         """Run now, in this thread; the result is there after what an `InlineExecutor` charges, other ones nothing."""
@@ -383,7 +372,7 @@ def run_virtual(main: Coroutine[Any, Any, T], loop: VirtualLoop | None = None) -
 
 
 def _cancel_all(loop: VirtualLoop) -> None:
-    tasks = sorted(asyncio.all_tasks(loop), key=lambda task: task.get_name())
+    tasks = sorted(asyncio.all_tasks(loop), key=loop.number_of)
     if not tasks:
         return
     for task in tasks:

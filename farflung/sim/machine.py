@@ -80,7 +80,7 @@ class Machine:
         """The process is gone: connections break, what was being answered ends."""
         self.generic = ()
         for connection in [*self.connections.values()]:
-            connection.break_up(f"member {self.index} is gone")
+            connection.break_up(f"member {self.index} is gone", self.index)
         for task in [*self.handled.values()]:
             task.cancel()
         self.handled.clear()

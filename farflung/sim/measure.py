@@ -14,6 +14,8 @@ from farflung.sim.population import MBIT_BYTES
 from farflung.sim.results import Blame, MemberResult, RoundResult, Segment
 from farflung.sim.world import World
 
+NOTHING = Times()
+
 TRIPS = 3
 """One-way latencies after the last payload arrived: who holds it is told, a proposal, the votes."""
 
@@ -67,10 +69,15 @@ class Measure:
         index = certificate.manifest.round_index
         told = [self._times(item.peer_id, index).loss for item in certificate.manifest.payloads]
         finite = [loss for loss in told if loss is not None and math.isfinite(loss)]
-        return Losses(sum(finite) / len(finite) if finite else None, self._validation.get(index))
+        return Losses(math.fsum(finite) / len(finite) if finite else None, self._validation.get(index))
 
     def _times(self, peer: PeerId, index: int) -> Times:
-        return self._life_of[peer].times(index)
+        return self._of(self._life_of[peer], index)
+
+    @staticmethod
+    def _of(life: Life, index: int) -> Times:
+        """What happened to a member in a round; nothing, if it was not there."""
+        return life.history.get(index, NOTHING)
 
     def _end_s(self, certificate: Certificate) -> float:
         """When the median member applied it."""
@@ -95,7 +102,7 @@ class Measure:
         speaker = max(sorted(spoke), key=lambda peer: spoke[peer])
         reader, arrived = self._reader(certificate)
         last = max(sorted(arrived), key=lambda peer: arrived[peer]) if arrived else speaker
-        line, owner = self._bottleneck(last, reader, len(counted))
+        line, owner = self._bottleneck(last, reader, len(counted), index)
         marks: list[tuple[float, str, int]] = [
             (median(trained.values()), "compute", -1),
             (trained[slowest], "straggler", self._life_of[slowest].index),
@@ -115,17 +122,24 @@ class Measure:
         index = certificate.manifest.round_index
         counted = [item.peer_id for item in certificate.manifest.payloads]
         held = [
-            (life, {peer: life.times(index).arrived_s[peer] for peer in counted if peer in life.times(index).arrived_s})
+            (
+                life,
+                {
+                    peer: self._of(life, index).arrived_s[peer]
+                    for peer in counted
+                    if peer in self._of(life, index).arrived_s
+                },
+            )
             for life in self._world.lives
-            if life.times(index).applied_s is not None
+            if self._of(life, index).applied_s is not None
         ]
         held.sort(key=lambda one: (max(one[1].values(), default=0.0), one[0].index))
         return held[len(held) // 2]
 
-    def _bottleneck(self, last: PeerId, reader: Life, payloads: int) -> tuple[str, int]:
+    def _bottleneck(self, last: PeerId, reader: Life, payloads: int, index: int) -> tuple[str, int]:
         """The line that the last payload waited for: its maker's, the reader's, or all uploads together."""
-        maker, lives = self._life_of[last], [life for life in self._world.lives if life.on or life.history]
-        together = sum(life.spec.up_bytes_per_s for life in lives)
+        maker, lives = self._life_of[last], [life for life in self._world.lives if self._of(life, index).applied_s]
+        together = math.fsum(life.spec.up_bytes_per_s for life in lives)
         down_s = (payloads - 1) / reader.spec.down_bytes_per_s
         swarm_s = payloads * (payloads - 1) / together
         own_s = 1 / maker.spec.up_bytes_per_s
@@ -169,7 +183,7 @@ class Measure:
             down_mbit=spec.down_bytes_per_s / MBIT_BYTES,
             step_s=life.train_s / life.steps if life.steps else spec.step_s,
             online_s=life.online_s,
-            train_s=sum(times.train_s for times in counted),
+            train_s=math.fsum(times.train_s for times in counted),
             steps=life.steps,
             tokens=life.tokens,
             bytes_sent=life.traffic()[0],
@@ -192,7 +206,7 @@ class Measure:
     def _chart(self, certificate: Certificate, result: RoundResult) -> Iterator[Segment]:
         index = certificate.manifest.round_index
         for life in self._world.lives:
-            times = life.times(index)
+            times = self._of(life, index)
             arrived_s = max(times.arrived_s.values(), default=None)
             marks = [
                 (times.adopted_s, "wait"),

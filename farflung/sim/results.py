@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 CAUSES = ("compute", "straggler", "upload", "download", "latency", "codec", "disk", "deadline", "protocol")
@@ -137,7 +138,7 @@ class RunResult:
     def utilisation(self) -> float:
         """Mean over members of the share of their time online that was training that counted."""
         shares = [member.utilisation for member in self.members if member.online_s > 0]
-        return sum(shares) / len(shares) if shares else 0.0
+        return math.fsum(shares) / len(shares) if shares else 0.0
 
     @property
     def bytes_sent(self) -> int:

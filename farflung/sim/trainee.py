@@ -14,7 +14,7 @@ from farflung.node.learner import Learner
 from farflung.node.mailbox import LocalResult, Mailbox, Notice, Stop
 from farflung.node.shell import Node
 from farflung.node.tasks.task import Task, count_tokens
-from farflung.node.trainer import Trainer, TrainerSettings
+from farflung.node.trainer import REWARM_STEPS, Trainer, TrainerSettings
 from farflung.sim.clock import SimClock
 
 
@@ -70,7 +70,7 @@ class Trainee:
 
     def _on_adopt(self, view: RoundView) -> None:
         if self.trainer is not None:
-            self.trainer.global_step = view.trained * self._node.genesis.inner_steps
+            self.trainer.global_step = self.learner.global_step
         if self._adopted is not None:
             self._adopted(view)
 
@@ -94,7 +94,12 @@ class Trainee:
         if self.trainer is None:
             self.trainer = self._make_trainer()
         began_s = self._clock.now_s()
-        result = self.trainer.train_step()
+        try:
+            result = self.trainer.train_step()
+        except StopIteration:  # no more batches: the real loop leaves as well
+            self.learner.finished = True
+            self._node.leave()
+            return
         await asyncio.sleep(self._step_s(began_s))
         self.train_s += self._clock.now_s() - began_s
         if result.counted:
@@ -130,5 +135,7 @@ class Trainee:
             tokens=getattr(task, "tokens", count_tokens),
         )
         trainer.global_step = self.learner.global_step
+        if trainer.global_step > 0:
+            trainer.rewarm(REWARM_STEPS)
         refuse_master_copies(optimizer, self._model)
         return trainer

@@ -31,13 +31,16 @@ from farflung.sim.life import SECRET, Life
 from farflung.sim.measure import Measure
 from farflung.sim.population import populate
 from farflung.sim.results import RoundResult, RunResult
-from farflung.sim.rng import stream
+from farflung.sim.rng import seeded, stream
 from farflung.sim.scenario import Scenario
 from farflung.sim.service_costs import THREADS, ServiceCosts
 from farflung.sim.world import Genesis0, World
 
 Tell = Callable[[int, int], None]
 """Progress: (rounds that trained so far, rounds in all)."""
+
+STALLED_CEILINGS = 5
+"""A swarm that certifies nothing for so many times its longest deadline and local phase has stopped for good."""
 
 EVALUATIONS = 40
 """At most about so many validations are measured per run, evenly spread, and the last."""
@@ -75,12 +78,10 @@ def run_training(
     """
     began_s = time.perf_counter()
     home = Path(tempfile.mkdtemp(prefix="farflung-sim-", dir=_memory_disk()))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # more threads are slower for small models, and their sums may differ
     try:
-        return Training(scenario, seed, home, folder, log, tell).run(began_s)
+        with seeded(seed):
+            return Training(scenario, seed, home, folder, log, tell).run(began_s)
     finally:
-        torch.set_num_threads(threads)
         shutil.rmtree(home, ignore_errors=True)
 
 
@@ -114,6 +115,7 @@ class Training:
             limit_s=scenario.limit_h * 3600,
         )
         self.validation: dict[int, float] = {}
+        self.stalled = False
         self._costs = self._charge()
         self._add_members()
 
@@ -176,18 +178,28 @@ class Training:
     def run(self, began_s: float) -> RunResult:
         """Until everybody who is there has the last round, or the limit."""
         world = self.world
-        finished = world.run(self._is_over)
+        world.run(self._is_over)
         world.log.close()
-        return self._result(finished, time.perf_counter() - began_s)
+        return self._result(self._trained >= self.scenario.rounds, time.perf_counter() - began_s)
 
     def _is_over(self) -> bool:
-        there = [life for life in self.world.lives if life.on]
-        done = [life for life in there if life.trainee is not None and life.trainee.learner.finished]
+        """All rounds were trained and those who should know it do; or nothing will ever happen again."""
+        world, ceiling_s = self.world, self.scenario.run.deadline_ceiling_s
+        last = world.certificates.get(world.certified)
+        since_s = world.loop.time() - max(world.applied_s.get(world.certified, [0.0]))
+        if last is None or last.manifest.trained < self.scenario.rounds:
+            phase_s = max(life.spec.step_s for life in world.lives) * self.scenario.run.inner_steps
+            self.stalled = world.is_quiet and since_s > STALLED_CEILINGS * (ceiling_s + phase_s)
+            return self.stalled
+        waited = [life for life in world.lives if life.on and life.peer_id in last.manifest.member_of]
         # An attacker may never finish, and whom nobody can call never begins.
-        honest = [life for life in there if life.spec.attack is None and life.spec.reachable]
-        trained = max((item.manifest.trained for item in self.world.certificates.values()), default=0)
-        over = trained >= self.scenario.rounds
-        return over and all(life in done or life.trainee is None for life in honest)
+        waited = [life for life in waited if life.spec.attack is None and life.spec.reachable]
+        done = all(life.trainee is not None and life.trainee.learner.finished for life in waited)
+        return done or since_s > 2 * ceiling_s
+
+    @property
+    def _trained(self) -> int:
+        return max((item.manifest.trained for item in self.world.certificates.values()), default=0)
 
     def _certified(self, life: Life, certificate: Certificate, trial: Trial) -> None:
         manifest = certificate.manifest
@@ -208,7 +220,10 @@ class Training:
         scenario, world = self.scenario, self.world
         measure = Measure(world, self.validation, self._costs.apply_s)
         rounds = measure.rounds()
-        notes = [] if finished else [f"stopped after {scenario.limit_h:g} h of virtual time: not finished"]
+        why = "nothing was certified for long, and nothing was still to come" if self.stalled else "the limit"
+        notes = (
+            [] if finished else [f"stopped after {world.loop.time() / 3600:.3g} h of virtual time, not finished: {why}"]
+        )
         if self.charged != self.params:
             notes.append(
                 f"a model of {self.params:,} parameters was trained in place of one of {self.charged:,.0f}: bytes and "

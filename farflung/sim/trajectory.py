@@ -304,11 +304,6 @@ def _check(scenario: Scenario) -> None:
     for attack in scenario.attacks:
         if attack.kind not in VALUE_ATTACKS:
             raise ConfigError(f"this attack decides who is heard, or when, {WITHOUT}: got {attack.kind!r}")
-        if attack.from_round != 1:
-            raise ConfigError(
-                f"attack {attack.kind!r}: rounds before training begins count as well, and how many there are depends "
-                f"on the network, {WITHOUT}: got from_round {attack.from_round}"
-            )
     for what, value in (
         ("network.message_loss", scenario.network.message_loss),
         *((f"members {group.name!r}: clock_skew_s", _skew(group)) for group in scenario.members),

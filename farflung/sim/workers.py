@@ -21,6 +21,7 @@ from farflung.compression.codec import Codec
 from farflung.node.durable import waiting_by
 from farflung.protocol.rows import Rows
 from farflung.sim.inline import InlineExecutor
+from farflung.sim.service_costs import THREADS
 
 T = TypeVar("T")
 
@@ -55,9 +56,10 @@ class Disk:
 class Workers(InlineExecutor):
     """One node's executor."""
 
-    def __init__(self, desk: Desk, disk: Disk, costs: Costs) -> None:
+    def __init__(self, desk: Desk, disk: Disk, costs: Costs, now_s: Callable[[], float] = lambda: 0.0) -> None:
         super().__init__()
-        self._desk, self.disk, self.costs = desk, disk, costs
+        self._desk, self.disk, self.costs, self._now_s = desk, disk, costs, now_s
+        self._free_s = [0.0] * THREADS
         self.owed_s = 0.0
         self.cpu_s = self.disk_s = 0.0
         """Charged so far."""
@@ -82,9 +84,13 @@ class Workers(InlineExecutor):
         self.disk_s += cost_s
 
     def charge(self) -> float:
-        """What was noted since it was last asked."""
+        """How long what was noted since it was last asked takes, after what this node's threads have to do before."""
         owed_s, self.owed_s = self.owed_s, 0.0
-        return owed_s
+        if owed_s <= 0:
+            return 0.0
+        now_s, first = self._now_s(), self._free_s.index(min(self._free_s))
+        self._free_s[first] = max(self._free_s[first], now_s) + owed_s
+        return self._free_s[first] - now_s
 
     def codec(self, codec: Codec) -> Codec:
         """The same codec, noting its costs."""

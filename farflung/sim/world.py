@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from farflung.node.data import RoundView
 from farflung.node.store import Home
 from farflung.node.tasks.task import Task
 from farflung.protocol.certificate import Certificate, certify_first
-from farflung.protocol.errors import ConfigError, LocalError
+from farflung.protocol.errors import LocalError, PeerError, TooFewPeers
 from farflung.protocol.genesis import Genesis
 from farflung.protocol.identity import Identity
 from farflung.sim.directory import Registry
@@ -36,6 +36,12 @@ from farflung.sim.rng import stream
 from farflung.sim.signatures import remembered_signatures
 from farflung.sim.stand_in import stands_in
 from farflung.sim.workers import Desk
+
+AGAIN_S = 5.0
+"""After so long a member that found nobody tries again."""
+
+LOOK_S = 60.0
+"""The condition to run on is looked at this often, whatever happens."""
 
 
 @contextmanager
@@ -96,6 +102,7 @@ class World:
         self._change = asyncio.Event()
         self._scripts: list[Coroutine[Any, Any, None]] = []
         self._late: list[asyncio.Task[None]] = []
+        self._running: list[asyncio.Task[None]] = []
 
     # -- building -----------------------------------------------------------------------------------------------------
 
@@ -124,13 +131,16 @@ class World:
             return run_virtual(self._main(until), self.loop)
 
     async def _main(self, until: Callable[[], bool]) -> bool:
-        scripts = [self.loop.create_task(work, name=f"script {number}") for number, work in enumerate(self._scripts)]
+        scripts = [self._spawn(work, f"script {number}") for number, work in enumerate(self._scripts)]
+        self._running = scripts
         try:
             try:
                 async with asyncio.timeout_at(self.limit_s):
                     while not until():
                         self._change.clear()
-                        await self._change.wait()
+                        with suppress(TimeoutError):
+                            async with asyncio.timeout(LOOK_S):
+                                await self._change.wait()
                         self._raise_failures()
                 return True
             except TimeoutError:
@@ -138,16 +148,32 @@ class World:
         finally:
             for script in scripts:
                 script.cancel()
-            await asyncio.gather(*scripts, *self._late, return_exceptions=True)
+            for task in [*scripts, *self._late]:
+                await asyncio.wait([task])
             for life in self.lives:
+                life.gone = True
                 await life._stop()
-            for script in scripts:
-                if not script.cancelled() and (error := script.exception()) is not None:
-                    raise error
+            self._raise_failures()
 
     def later(self, work: Coroutine[Any, Any, None]) -> None:
         """Something that a member does to itself; awaited at the end."""
-        self._late.append(self.loop.create_task(work, name="later"))
+        self._late.append(self._spawn(work, f"later {len(self._late)}"))
+
+    def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+        """A task whose error ends the run."""
+        task = self.loop.create_task(work, name=name)
+        task.add_done_callback(self._note_error)
+        return task
+
+    def _note_error(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self.failures.append((-1, error))
+            self._change.set()
+
+    @property
+    def is_quiet(self) -> bool:
+        """Whether no session and no fault is still to come."""
+        return all(script.done() for script in self._running)
 
     def changed(self) -> None:
         """Look at the condition again."""
@@ -191,7 +217,16 @@ class World:
 
     def on_failure(self, life: Life, error: BaseException) -> None:
         """A member's node or training ended badly."""
-        if isinstance(error, ConfigError) or life.spec.attack is None:
-            self.failures.append((life.index, error))
         self.log.member(self.loop.now_ns, life.index, "fails", type(error).__name__)
+        if isinstance(error, TooFewPeers):
+            self.later(self._try_again(life, life.lives))
+        elif life.spec.attack is None or not isinstance(error, PeerError):
+            self.failures.append((life.index, error))
         self._change.set()
+
+    async def _try_again(self, life: Life, number: int) -> None:
+        """Nobody was there to join: its user starts it again after a while."""
+        await asyncio.sleep(AGAIN_S)
+        if life.lives == number and life.on:
+            await life._stop()
+            life.resume()

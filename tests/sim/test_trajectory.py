@@ -234,7 +234,6 @@ WRONG: dict[str, tuple[Callable[[Scenario], Scenario], str]] = {
     "starve": (lambda it: replace(it, attacks=(Attack("starve", members=(1,)),)), "'starve'"),
     "equivocate": (lambda it: replace(it, attacks=(Attack("equivocate", members=(1,)),)), "'equivocate'"),
     "garbage": (lambda it: replace(it, attacks=(Attack("garbage", members=(1,)),)), "'garbage'"),
-    "from round": (lambda it: replace(it, attacks=(Attack("noise", members=(1,), from_round=3),)), "from_round 3"),
     "lost calls": (lambda it: replace(it, network=Network(message_loss=0.1)), "message_loss.*got 0.1"),
     "clock fault": (lambda it: replace(it, faults=(Fault("clock_skew", 1.0, (1,), factor=5.0),)), "clock_skew.*5"),
     "clock skew": (

@@ -5,6 +5,7 @@ Each step adds pseudo-noise to every parameter at the speed of memory, different
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import cast
@@ -68,7 +69,7 @@ class Stub:
 
     def evaluate(self, model: nn.Module) -> float:
         """The mean square of the parameters: shows at least that they are the same everywhere."""
-        return sum(float(weight.detach().square().mean()) for weight in model.parameters())
+        return math.fsum(float(weight.detach().square().mean()) for weight in model.parameters())
 
 
 class StubModel(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -99,7 +100,7 @@ class Advice:
 
 def rounds_s(run: RunResult) -> float:
     """Time of all rounds together; what the records of blame must add up to."""
-    return sum(item.end_s - item.start_s for item in run.rounds)
+    return math.fsum(item.end_s - item.start_s for item in run.rounds)
 
 
 def seconds_by_cause(run: RunResult) -> dict[str, float]:
@@ -109,7 +110,7 @@ def seconds_by_cause(run: RunResult) -> dict[str, float]:
         for blame in item.blame:
             seconds[blame.cause] = seconds.get(blame.cause, 0.0) + blame.seconds
     total = rounds_s(run)
-    rest = total - sum(seconds.values())
+    rest = total - math.fsum(seconds.values())
     seconds[UNATTRIBUTED] = rest if abs(rest) > TOLERANCE * max(total, TOLERANCE) else 0.0
     return seconds
 
@@ -118,8 +119,8 @@ def attribute(variant: Variant) -> tuple[CauseShare, ...]:
     """All causes that took time, largest first; useful training among them."""
     parts = [seconds_by_cause(run) for run in variant.runs]
     causes = list(dict.fromkeys(cause for part in parts for cause in part))
-    seconds = {cause: sum(part.get(cause, 0.0) for part in parts) for cause in causes}
-    total = sum(rounds_s(run) for run in variant.runs)
+    seconds = {cause: math.fsum(part.get(cause, 0.0) for part in parts) for cause in causes}
+    total = math.fsum(rounds_s(run) for run in variant.runs)
     lost = total - seconds[USEFUL]
     shares = [
         CauseShare(
@@ -152,7 +153,7 @@ def advise(path: Sequence[CauseShare]) -> Advice | None:
     others' pace removes them. It is about one member if that has half of the cause, else about all of them. None where
     no record supports any.
     """
-    total = sum(item.seconds for item in path)
+    total = math.fsum(item.seconds for item in path)
     found = []
     for item in path:
         if item.cause not in HALVED + REMOVED or item.seconds <= 0:
@@ -175,12 +176,12 @@ def _culprit(runs: Sequence[RunResult], cause: str, total: float) -> Culprit | N
         return None
     commonest = max(sorted(set(blamed)), key=blamed.count)
     if 2 * blamed.count(commonest) >= len(blamed):
-        seconds = sum(part.get(commonest, 0.0) for part in parts)
+        seconds = math.fsum(part.get(commonest, 0.0) for part in parts)
         chosen = [(run, commonest) for run, member in zip(runs, worst, strict=True) if member == commonest]
         name = member_name(chosen[0][0], commonest)
     else:
         chosen = [(run, member) for run, member in zip(runs, worst, strict=True) if member is not None]
-        seconds = sum(part[member] for part, member in zip(parts, worst, strict=True) if member is not None)
+        seconds = math.fsum(part[member] for part, member in zip(parts, worst, strict=True) if member is not None)
         name = ""
     number = band_of(_telling(run, member, cause) for run, member in chosen)
     assert number is not None  # `chosen` is not empty and `_telling` is never NaN

@@ -83,7 +83,7 @@ class Presence:
 
     def powered_s(self, start_s: float, end_s: float) -> float:
         """How long the machine ran within [start, end)."""
-        return sum(max(0.0, min(stop, end_s) - max(start, start_s)) for start, stop in self._powered)
+        return math.fsum(max(0.0, min(stop, end_s) - max(start, start_s)) for start, stop in self._powered)
 
 
 def _holds(spans: Sequence[Span], starts: Sequence[float], at_s: float) -> bool:

@@ -195,7 +195,7 @@ class _Tape:
         if not late or not self.tokens:
             return 0.0
         began_s = late[0].start_s
-        tokens = sum(
+        tokens = math.fsum(
             float((trace.steps_n[trace.spoke_n]).sum()) * self.scenario.model.tokens_per_step
             for trace in self.traces[len(self.rounds) - len(late) :]
         )
