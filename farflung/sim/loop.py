@@ -147,7 +147,7 @@ class VirtualLoop(_Base):  # type: ignore[misc]  # most of an event loop is inpu
             raise LocalError("a virtual loop inside a running loop")
         hooks = sys.get_asyncgen_hooks()
         sys.set_asyncgen_hooks(firstiter=self._generator_begins, finalizer=self._generator_ends)
-        self._running, self._stopping = True, False
+        self._running, self._stopping, self._turns = True, False, 0
         asyncio._set_running_loop(self)
         try:
             while not self._stopping:

@@ -181,6 +181,8 @@ class World:
 
     def _raise_failures(self) -> None:
         for index, error in self.failures:
+            if index < 0:  # no member's: what was to happen to the world cannot
+                raise error
             raise LocalError(f"member {index} failed at {self.loop.time():.3f} s: {error!r}") from error
 
     # -- what members tell --------------------------------------------------------------------------------------------
