@@ -55,7 +55,7 @@ def test_transfers_take_as_long_as_in_reality_and_move_the_same_bytes(name):
 def test_rounds_of_a_swarm_take_as_long_as_in_reality_and_move_the_same_bytes(name):
     compared = compare(SCENARIOS[name], rows_of(name))
     assert compared.reached, compared
-    assert abs(compared.wire_error) <= 0.01, compared
+    assert abs(compared.wire_error) <= 0.02, compared
 
 
 @pytest.mark.netns
