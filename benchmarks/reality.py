@@ -165,9 +165,10 @@ def measure(scenario: Scenario, repeats: int, out: Path) -> Played:
 
 def settings() -> dict[str, str]:
     """What a reader of the file must know."""
+    kernel = platform.release().split("-")[0]
     return {
         "what": "measured by benchmarks/reality.py, one row per host and repeat; see benchmarks/reality_scenarios.py",
-        "machine": f"{platform.machine()}, Linux {platform.release().split("-")[0]}, Python {platform.python_version()}, "
+        "machine": f"{platform.machine()}, Linux {kernel}, Python {platform.python_version()}, "
         f"{os.cpu_count()} cores, TCP {CONGESTION}, MTU 1500, TLS",
     }
 

@@ -20,12 +20,12 @@ from farflung.aggregation.registry import parse_rule
 from farflung.aggregation.weights import parse_weights
 from farflung.compression import parse_codec
 from farflung.node.answers import Answers
+from farflung.node.assembly import make_anchor
 from farflung.node.audit import Audit
 from farflung.node.data import RoundView
 from farflung.node.flat import read_parameters, schema_of
 from farflung.node.mailbox import Mailbox
 from farflung.node.member import Member
-from farflung.node.assembly import make_anchor
 from farflung.node.peers import Peers
 from farflung.node.recordbook import RecordBook
 from farflung.node.runtime import SystemClock

@@ -16,12 +16,12 @@ import torch
 from small_world import Player, SmallWorld, eventually
 from torch import nn
 
+from farflung.node.assembly import make_anchor
 from farflung.node.audit import Audit
 from farflung.node.data import RoundView
 from farflung.node.flat import read_parameters, schema_of
 from farflung.node.local_phase import LocalPhase
 from farflung.node.mailbox import Adopt, Hurry, LocalResult, Mailbox, Stop
-from farflung.node.assembly import make_anchor
 from farflung.node.runtime import SystemClock
 from farflung.node.swarm import Swarm
 from farflung.protocol.certificate import decode_certificate

@@ -1,4 +1,4 @@
-"""The two fidelities are two programs: real nodes that exchange real chunks, and arithmetic on times. They must agree."""
+"""The two fidelities are two programs, real nodes that exchange real chunks, and arithmetic on times: they agree."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ def test_real_nodes_and_arithmetic_agree_on_time_and_bytes(up, latency_ms):
     training = one_scenario(up, latency_ms)
     timing = replace(training, fidelity="timing", model=Model(params=PARAMS))
     real, counted = simulate(training, seed=1), simulate(timing, seed=1)
-    assert real.finished and counted.finished
+    assert real.finished
+    assert counted.finished
     lengths = [[item.end_s - item.start_s for item in result.rounds] for result in (real, counted)]
     assert sum(lengths[1]) == pytest.approx(sum(lengths[0]), rel=0.12)
     assert counted.bytes_sent == pytest.approx(real.bytes_sent, rel=0.08)
