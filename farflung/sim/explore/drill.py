@@ -19,7 +19,6 @@ from farflung.sim.explore.crowds import look
 from farflung.sim.explore.facts import Facts
 from farflung.sim.explore.faults import carry_out
 from farflung.sim.explore.invariants import first_broken
-from farflung.sim.explore.memory import remembered_signatures
 from farflung.sim.explore.patience import ROUNDS, bound_s, can_go_on, late_ones, tip_of
 from farflung.sim.explore.schedule import Schedule
 from farflung.sim.explore.stage import Stage
@@ -46,7 +45,6 @@ def drill(schedule: Schedule) -> Verdict:
     base = SHARED_MEMORY if SHARED_MEMORY.is_dir() and os.access(SHARED_MEMORY, os.W_OK) else None
     with (
         tempfile.TemporaryDirectory(prefix="farflung-explore-", dir=base) as folder,
-        remembered_signatures(),
         _own_garbage(),
     ):
         stage = Stage(schedule, Path(folder))

@@ -183,7 +183,10 @@ class Stage(World):
             self.restarting -= 1
 
     def _raise_failures(self) -> None:
-        """They are facts."""
+        """Members' are facts; an error of the explorer's own scripts is not."""
+        for index, error in self.failures:
+            if index < 0:
+                raise error
 
     def read(self, envelope: bytes) -> Message:
         """What an envelope says; everybody gets the same bytes, so each is read once. Raises PeerError."""
