@@ -122,6 +122,15 @@ def test_a_bug_in_a_run_is_an_error_of_that_run_with_its_place(monkeypatch):
     assert "ZeroDivisionError in test_sweep.py" in str(failure)
 
 
+@pytest.fixture
+def _interruptible():
+    """A suite started in the background of a shell ignores Ctrl-C; here it must not."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_interruptible")
 def test_ctrl_c_keeps_what_is_done_and_leaves_no_process(tmp_path):
     before = set(multiprocessing.active_children())
 
