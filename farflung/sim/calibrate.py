@@ -246,7 +246,8 @@ def _rehearse(seen: Seen, lines: Lines, fsync_ms: float, seed: int) -> Rehearsal
 
     A phase has few steps, as long as all of the real one's: mostly what comes after it matters here.
     """
-    from farflung.sim.training import Training, _memory_disk
+    from farflung.sim.life import memory_disk
+    from farflung.sim.training import Training
 
     steps = min(seen.genesis.inner_steps, REHEARSAL_STEPS)
     share = min(relative_spread(seen).value * math.sqrt(steps), STEADY_MAX)
@@ -261,7 +262,7 @@ def _rehearse(seen: Seen, lines: Lines, fsync_ms: float, seed: int) -> Rehearsal
         run=replace(scenario.run, inner_steps=steps),
         rounds=REHEARSAL_ROUNDS,
     )
-    with tempfile.TemporaryDirectory(prefix="farflung-calibrate-", dir=_memory_disk()) as folder:
+    with tempfile.TemporaryDirectory(prefix="farflung-calibrate-", dir=memory_disk()) as folder:
         training = Training(scenario, seed, Path(folder), None, None, None)
         training.run(0.0)
         beside = [gap for life in training.world.lives for gap in _beside_steps(life.history)]

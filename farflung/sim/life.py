@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -42,6 +44,12 @@ LEAVE_S = 8.0
 """How long a user waits for a polite leave."""
 
 SECRET = b"sixteen bytes or more, for everybody in this world"
+
+
+def memory_disk() -> str | None:
+    """A folder in memory where there is one: nodes write what they keep, and nobody reads it after the run."""
+    shared = Path("/dev/shm")
+    return str(shared) if shared.is_dir() and os.access(shared, os.W_OK) else None
 
 
 def identity_seed(seed: int, index: int) -> bytes:
@@ -127,6 +135,8 @@ class Life:
         """Faults that make it slower or wrong meanwhile: kind and factor."""
 
         self.finished = False
+        """A life of it has seen the run's end."""
+
         self.gone = False
         """It will not come back."""
 

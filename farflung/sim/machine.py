@@ -43,8 +43,8 @@ class Context:
 class Machine:
     """One member's machine: where its process answers, while it runs."""
 
-    def __init__(self, world: Channels, index: int) -> None:
-        self._world, self.index = world, index
+    def __init__(self, index: int) -> None:
+        self.index = index
         self.generic: Sequence[Any] = ()
         """The process's handlers; empty while nobody listens."""
 
@@ -98,7 +98,7 @@ class Channels:
         scale: float = 1.0,
     ) -> None:
         self.fabric, self.loop, self._scale = fabric, fabric.loop, scale
-        self.machines = [Machine(self, index) for index in range(len(fabric.topology.nodes))]
+        self.machines = [Machine(index) for index in range(len(fabric.topology.nodes))]
         self._message_loss, self._rng = message_loss, rng
         self._calls = 0
         self.by_address: dict[str, int] = {}

@@ -27,7 +27,7 @@ from farflung.sim.attackers import equip
 from farflung.sim.compute import StepTimes
 from farflung.sim.eventlog import EventLog
 from farflung.sim.happenings import schedule
-from farflung.sim.life import SECRET, Life
+from farflung.sim.life import SECRET, Life, memory_disk
 from farflung.sim.measure import Measure
 from farflung.sim.population import populate
 from farflung.sim.results import RoundResult, RunResult
@@ -77,18 +77,12 @@ def run_training(
     Raises ConfigError for what the user can fix, LocalError if a node fails.
     """
     began_s = time.perf_counter()
-    home = Path(tempfile.mkdtemp(prefix="farflung-sim-", dir=_memory_disk()))
+    home = Path(tempfile.mkdtemp(prefix="farflung-sim-", dir=memory_disk()))
     try:
         with seeded(seed):
             return Training(scenario, seed, home, folder, log, tell).run(began_s)
     finally:
         shutil.rmtree(home, ignore_errors=True)
-
-
-def _memory_disk() -> str | None:
-    """A folder in memory where there is one: nodes write what they keep, and nobody reads it after the run."""
-    shared = Path("/dev/shm")
-    return str(shared) if shared.is_dir() else None
 
 
 class Training:
@@ -242,8 +236,8 @@ class Training:
             events_digest=world.log.digest,
             wall_s=wall_s,
             notes=tuple(notes),
-            final_loss=_final_loss(rounds),
-            time_to_goal_s=_time_to(rounds, scenario.loss_goal),
+            final_loss=final_loss_of(rounds),
+            time_to_goal_s=time_to(rounds, scenario.loss_goal),
             extra={
                 "events": float(world.log.events),
                 "transfers": float(world.fabric.transfers),
@@ -253,14 +247,15 @@ class Training:
         )
 
 
-def _final_loss(rounds: tuple[RoundResult, ...]) -> float | None:
+def final_loss_of(rounds: tuple[RoundResult, ...]) -> float | None:
+    """The last validation loss; without any, the last training loss."""
     for item in reversed(rounds):
         if item.validation is not None:
             return item.validation
     return next((item.loss for item in reversed(rounds) if item.loss is not None), None)
 
 
-def _time_to(rounds: tuple[RoundResult, ...], goal: float) -> float | None:
+def time_to(rounds: tuple[RoundResult, ...], goal: float) -> float | None:
     """When the goal was met: by validation where it was measured, else by the training loss."""
     if goal <= 0:
         return None

@@ -30,7 +30,7 @@ from farflung.sim.results import MemberResult, RoundResult, RunResult
 from farflung.sim.scenario import Members, Model, Network, Scenario
 from farflung.sim.simulate import Tell
 from farflung.sim.timing import run_timing
-from farflung.sim.training import _final_loss, _time_to, run_training
+from farflung.sim.training import final_loss_of, run_training, time_to
 from farflung.sim.trajectory_ground import Ground, ground_of
 
 VALUE_ATTACKS = ("sign_flip", "noise")
@@ -223,8 +223,8 @@ def combine(trajectory: Trajectory, scenario: Scenario, timed: RunResult) -> Run
         rounds=rounds,
         events_digest=hashlib.sha256(f"{timed.events_digest} {trajectory.key}".encode()).hexdigest(),
         notes=(*notes, *(note for note in timed.notes if not note.startswith(ESTIMATES))),
-        final_loss=_final_loss(rounds),
-        time_to_goal_s=_time_to(rounds, scenario.loss_goal),
+        final_loss=final_loss_of(rounds),
+        time_to_goal_s=time_to(rounds, scenario.loss_goal),
         extra={name: value for name, value in timed.extra.items() if not name.endswith("_estimate")},
     )
 

@@ -61,8 +61,7 @@ class Workers(InlineExecutor):
         self._desk, self.disk, self.costs, self._now_s = desk, disk, costs, now_s
         self._free_s = [0.0] * THREADS
         self.owed_s = 0.0
-        self.cpu_s = self.disk_s = 0.0
-        """Charged so far."""
+        """Noted, and not charged yet."""
 
     def work(self, function: Callable[..., T], *arguments: Any) -> T:
         """Do it now; what it notes is charged by the loop."""
@@ -75,13 +74,11 @@ class Workers(InlineExecutor):
     def owe_cpu(self, seconds: float) -> None:
         """Note work of the processor."""
         self.owed_s += seconds
-        self.cpu_s += seconds
 
     def owe_disk(self, fresh_bytes: int) -> None:
         """Note a wait for the disk."""
         cost_s = self.disk.cost_s(fresh_bytes)
         self.owed_s += cost_s
-        self.disk_s += cost_s
 
     def charge(self) -> float:
         """How long what was noted since it was last asked takes, after what this node's threads have to do before."""

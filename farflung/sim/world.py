@@ -93,12 +93,9 @@ class World:
         """The latest round that anybody applied."""
 
         self.applied_s: dict[int, list[float]] = {}
-        self.views: dict[int, RoundView] = {}
-        self.numbers: dict[int, dict[str, float]] = {}
         self.failures: list[tuple[int, BaseException]] = []
         self.refusals = 0
         self.watchers: list[Callable[[Life, Certificate, Trial], None]] = []
-        self.on_adoption: list[Callable[[Life, RoundView], None]] = []
         self._change = asyncio.Event()
         self._scripts: list[Coroutine[Any, Any, None]] = []
         self._late: list[asyncio.Task[None]] = []
@@ -195,7 +192,6 @@ class World:
             self.failures.append((life.index, LocalError(f"two certificates for round {index}")))
         self.log.member(self.loop.now_ns, life.index, "applies", f"{index} {certificate.state_digest.hex()[:16]}")
         self.applied_s.setdefault(index, []).append(self.loop.time())
-        self.numbers.setdefault(index, dict(trial.numbers))
         self.certified = max(self.certified, index)
         for watcher in self.watchers:
             watcher(life, certificate, trial)
@@ -204,8 +200,6 @@ class World:
     def on_adopted(self, life: Life, view: RoundView) -> None:
         """A member took a new anchor."""
         self.log.member(self.loop.now_ns, life.index, "adopts", str(view.round_index))
-        for tell in self.on_adoption:
-            tell(life, view)
 
     def on_refused(self, life: Life, peer: str, why: str) -> None:
         """A member did not believe something."""

@@ -273,7 +273,7 @@ def test_a_world_that_does_not_end_stops_at_its_limit():
 
 
 def test_no_folder_is_left_behind_after_a_run_nor_after_a_failure(tmp_path, monkeypatch):
-    monkeypatch.setattr(training_module, "_memory_disk", lambda: str(tmp_path))
+    monkeypatch.setattr(training_module, "memory_disk", lambda: str(tmp_path))
     assert run_training(scenario(2, rounds=2), 0).finished
     assert not [*tmp_path.iterdir()]
     with pytest.raises((ConfigError, LocalError), match="too few"):

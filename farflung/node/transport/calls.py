@@ -4,6 +4,7 @@ not know: only that it behaves like `grpc.aio.Channel`, errors included.
 
 from __future__ import annotations
 
+import abc
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -42,7 +43,7 @@ class Links(Protocol):
         """The link to a peer."""
 
 
-class Calls:
+class Calls(abc.ABC):
     """The part of `runtime.Transport` that calls peers, the same for every kind of channel."""
 
     def __init__(self, run_id: bytes, links: Links, traffic: Traffic) -> None:
@@ -114,9 +115,9 @@ class Calls:
         self.traffic.control_received += len(reply)
         return reply
 
+    @abc.abstractmethod
     def _open_door(self, plain: str, deadline_s: float) -> contextlib.AbstractAsyncContextManager[tuple[Any, bytes]]:
         """A channel to an address nobody vouched for yet, and the certificate that was presented there."""
-        raise NotImplementedError
 
     async def introduce(self, address: str, run_id: bytes, *, deadline_s: float) -> list[bytes]:
         """Ask an address nobody vouched for yet for its records: its own (first) and those it knows.

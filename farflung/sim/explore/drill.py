@@ -22,12 +22,10 @@ from farflung.sim.explore.invariants import first_broken
 from farflung.sim.explore.patience import ROUNDS, bound_s, can_go_on, late_ones, tip_of
 from farflung.sim.explore.schedule import Schedule
 from farflung.sim.explore.stage import Stage
+from farflung.sim.life import memory_disk
 
 LOOK_EVERY_S = 0.5
 """Virtual seconds between two looks at what grows and at who has arrived."""
-
-SHARED_MEMORY = Path("/dev/shm")
-"""Disks of explored worlds are there where it exists: nothing of them outlives its world anyway."""
 
 
 class Verdict(NamedTuple):
@@ -42,9 +40,8 @@ class Verdict(NamedTuple):
 
 def drill(schedule: Schedule) -> Verdict:
     """Run the world of a schedule and judge it. Costs some 0.3 s; leaves nothing behind."""
-    base = SHARED_MEMORY if SHARED_MEMORY.is_dir() and os.access(SHARED_MEMORY, os.W_OK) else None
     with (
-        tempfile.TemporaryDirectory(prefix="farflung-explore-", dir=base) as folder,
+        tempfile.TemporaryDirectory(prefix="farflung-explore-", dir=memory_disk()) as folder,
         _own_garbage(),
     ):
         stage = Stage(schedule, Path(folder))
