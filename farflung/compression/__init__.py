@@ -1,6 +1,7 @@
 """Vector <-> payload. Codecs are values made of pure functions; their state belongs to the caller.
 
-What goes here: number formats, sparsifiers, wrappers such as error feedback, and their kernels. What does not:
+Rooms: `formats/` number formats and sparsifiers (fixed-size records, `scheme.py`), `entropy/` coders of integers,
+`transforms/` that change the basis, `wrappers/` that change what is sent when, `kernels/` the inner loops. Not here:
 anything about who sent a payload or how payloads are combined.
 
 `parse_codec(text)` makes a codec; `codec_presets()` names one of each kind. Importing this costs torch, not numba.

@@ -11,23 +11,40 @@ from farflung.protocol.rows import DenseRow, SparseRow, Verdict
 from farflung.protocol.schema import Schema
 
 Private = Any
-"""A member's own state (error feedback); an opaque value. `state_tensors` of the codec names what to save."""
+"""A member's own state (error feedback); an opaque value. `private_tensors` of the codec names what to save."""
 
 Shared = Any
 """State every member holds alike (bases); moves only with a certificate, is part of the state digest."""
 
+Row = DenseRow[Tensor] | SparseRow[Tensor]
+
+Reader = Callable[[int, int], Row]
+"""(start, stop) -> that window of a row (see `rows.Rows.window`): start is a multiple of WINDOW_ALIGN, stop another one
+or d. Pure, and called from several threads at once. Raises PeerError if the window's bytes are not canonical."""
+
+
+class Link(NamedTuple):
+    """What a member measured of its own line and round, for codecs that choose their rate (see `Codec.tune`)."""
+
+    upload_bps: float
+    """Bits per second that the payload left with; 0: not measured yet."""
+    download_bps: float
+    local_s: float
+    """Seconds of the last local phase."""
+    members: int
+
 
 class Codec(NamedTuple):
-    """How a pseudo-gradient becomes a payload and back. All eight functions are pure, with one leave:
+    """How a pseudo-gradient becomes a payload and back. All functions are pure, with one leave:
 
-    `encode` and `observe` take ownership of the private state they are given and may reuse its memory.
+    `encode`, `observe` and `tune` take ownership of the private state they are given and may reuse its memory.
     """
 
     spec: str
     """Canonical text, e.g. "ef(0.95)|topk(64/4096)|q2"."""
 
     exact: bool
-    """Whether decode gives the same bits on every machine."""
+    """Whether reading gives the same bits on every machine."""
 
     init: Callable[[Schema], tuple[Private, Shared]]
     """schema -> fresh states."""
@@ -36,26 +53,43 @@ class Codec(NamedTuple):
     """(update_d fp32 contiguous, private, shared, round) -> (canonical payload, private). Leaves update_d as it was.
     Raises LocalError if update_d is not finite."""
 
-    decode: Callable[[bytes, Schema, Shared, int, int, int], DenseRow[Tensor] | SparseRow[Tensor]]
-    """(payload, schema, shared, round, start, stop) -> that window of the row (see `rows.Rows.window`).
-    Raises PeerError only, for every byte string that `encode` cannot have made; never allocates more than the window
-    needs. Whole-payload checks (length, header) are made on every call and cost O(1)."""
+    open: Callable[[bytes, Schema, Shared, int], Reader]
+    """(payload, schema, shared, round) -> its reader. Raises PeerError only, here or from the reader, for every byte
+    string that `encode` cannot have made; never allocates more than the schema allows. Costs O(1), or at most one pass
+    over the payload and memory of its size for codecs that cannot be read window by window (they say so)."""
 
     check: Callable[[bytes, Schema, Shared, int], None]
     """(payload, schema, shared, round) -> None. Raises PeerError unless every window would decode, every value is
     finite and at most limits.PAYLOAD_ABS_MAX, and the bytes are the canonical ones. Costs one pass over the payload."""
 
-    observe: Callable[[Private, Verdict], Private]
-    """What the certificate did with the member's row: commit, forfeit or reset the tentative error feedback."""
-
-    advance: Callable[[Shared, Tensor], Shared]
-    """(shared, update_d) -> shared, with a certificate."""
-
     bits: Callable[[Schema], float]
     """Worst-case payload bits per parameter."""
 
-    private_tensors: Callable[[Private], dict[str, Tensor]]
+    observe: Callable[[Private, Verdict], Private] = lambda private, verdict: private
+    """What the certificate did with the member's row: commit, forfeit or reset the tentative error feedback."""
+
+    private_tensors: Callable[[Private], dict[str, Tensor]] = lambda private: {}
     """Named tensors to save for a restart; empty when there is no state."""
 
-    restore_private: Callable[[Schema, dict[str, Tensor]], Private]
+    restore_private: Callable[[Schema, dict[str, Tensor]], Private] = lambda schema, tensors: None
     """The inverse of `private_tensors`. Raises LocalError if a tensor is missing or has the wrong shape."""
+
+    advance: Callable[[Shared, Tensor, int], Shared] = lambda shared, update_d, round_index: shared
+    """(shared, update_d, round) -> shared, with that round's certificate; a new value, the old one stays usable."""
+
+    shared_tensors: Callable[[Shared], dict[str, Tensor]] = lambda shared: {}
+    """Named fp32 tensors of the shared state, for the state digest and for joiners; empty when there is none."""
+
+    restore_shared: Callable[[Schema, dict[str, Tensor]], Shared] = lambda schema, tensors: None
+    """The inverse of `shared_tensors`. Raises LocalError if a tensor is missing or has the wrong shape."""
+
+    ahead: Callable[[Private], Tensor | None] = lambda private: None
+    """Own unsent progress to start the next local phase from, [d] fp32: phi <- theta - ahead (DESIGN §3); None: theta.
+    A view of the private state, valid until the state is handed over again."""
+
+    tune: Callable[[Private, Link], Private] = lambda private, link: private
+    """What was measured since the last encode, told before the next one; only codecs that choose a rate listen."""
+
+    def decode(self, payload: bytes, schema: Schema, shared: Shared, round_index: int, start: int, stop: int) -> Row:
+        """One window of a payload; `open` once instead where several are read."""
+        return self.open(payload, schema, shared, round_index)(start, stop)

@@ -1,29 +1,29 @@
-"""From fixed-size records to a codec: the part that dense and sparse formats share.
+"""From fixed-size records to a codec: the part that formats of coordinates share.
 
 A payload is one record per block of `block` coordinates, in order, without header or padding between them; the last
 block may be short and then has a shorter record. The schema gives d, so every length is known before a byte is read,
-and any window of blocks is decoded from its own records alone.
+and any window is decoded from the records that it touches.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from io import BytesIO
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+from blake3 import blake3
 from numpy.typing import NDArray
 from torch import Tensor
 
-from farflung.compression.codec import Codec
+from farflung.compression.codec import Codec, Reader, Row
 from farflung.protocol.errors import LocalError, PeerError
 from farflung.protocol.rows import WINDOW_ALIGN, DenseRow, SparseRow
 from farflung.protocol.schema import Schema
 
 Floats = NDArray[np.float32]
 Octets = NDArray[np.uint8]
-Row = DenseRow[Tensor] | SparseRow[Tensor]
 
 STRIDE = 4 * WINDOW_ALIGN
 """Coordinates handled at a time: 256 KiB of fp32 stays in a core's L2 cache, and one call's overhead is 1 % of it."""
@@ -33,7 +33,7 @@ NOBODY = "?"
 
 
 class Piece(NamedTuple):
-    """A run of blocks of one width: b records of r bytes for b x n coordinates, and where they start."""
+    """A run of blocks of one width: b records of r bytes for b x n coordinates, and where they start in the vector."""
 
     records_br: Octets
     n: int
@@ -45,20 +45,53 @@ class Piece(NamedTuple):
         return len(self.records_br) * self.n
 
 
+class Field(NamedTuple):
+    """One part of a record, so that entropy coders can take records apart without knowing the format.
+
+    "raw": `length` bytes (scales). "codes": `length` symbols of `bits` (1, 2, 4 or 8) each, 8 / bits to a byte from the
+    low bits up; byte j holds the symbols j, j + q, j + 2q, ... of the block, q = ceil(length x bits / 8); unused ones
+    are 0. "index": `length` strictly increasing numbers of `bits` each, packed from the low bits of the first byte, zero
+    bits to the end of the last one, each number below `limit`.
+    """
+
+    kind: Literal["raw", "codes", "index"]
+    bits: int
+    length: int
+    limit: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Length in a record."""
+        return self.length if self.kind == "raw" else (self.length * self.bits + 7) // 8
+
+
 class Scheme(NamedTuple):
     """A stateless format. `write`, `check` and `read` see whole pieces; nothing here keeps or shares memory."""
 
     spec: str
     block: int
-    """Coordinates per record; divides rows.WINDOW_ALIGN."""
-    record_bytes: Callable[[int], int]
-    """Coordinates in a block -> bytes of its record."""
-    write: Callable[[Floats, Octets], None]
-    """(x_bn, out_br): fill the records. Entries beyond limits.PAYLOAD_ABS_MAX saturate. LocalError if not finite."""
-    check: Callable[[Octets, int], None]
-    """(records_br, n) -> None, or PeerError unless `write` could have made the records."""
+    """Coordinates per record; divides STRIDE."""
+    fields: Callable[[int], tuple[Field, ...]]
+    """Coordinates in a block -> the parts of its record, in order."""
+    write: Callable[[Floats, Piece, int], None]
+    """(x_bn, piece, salt): fill the piece's records. Entries beyond limits.PAYLOAD_ABS_MAX saturate. LocalError if not
+    finite. `salt` is 64 random-looking bits of the stretch (see `salted`); 0 for formats that do not ask for it."""
+    check: Callable[[Piece], None]
+    """PeerError unless `write` could have made the records."""
     read: Callable[[list[Piece], int], Row]
     """(pieces, size) -> the row of their coordinates, checked like `check`."""
+    salted: bool = False
+    """Whether `write` rounds at random: its salt is a hash of the round and of the numbers themselves."""
+    in_round: Callable[[int], Scheme] | None = None
+    """For formats whose layout depends on the round (shared random masks): the format of that round."""
+
+    def record_bytes(self, n: int) -> int:
+        """Length of the record of a block of n coordinates."""
+        return sum(field.nbytes for field in self.fields(n))
+
+    def of(self, round_index: int) -> Scheme:
+        """The format in a round."""
+        return self if self.in_round is None else self.in_round(round_index)
 
 
 def payload_bytes(scheme: Scheme, d: int) -> int:
@@ -67,10 +100,14 @@ def payload_bytes(scheme: Scheme, d: int) -> int:
     return d // scheme.block * scheme.record_bytes(scheme.block) + (scheme.record_bytes(short) if short else 0)
 
 
-def pieces(scheme: Scheme, octets: Octets, start: int, stop: int) -> Iterator[Piece]:
-    """The records of [start, stop) as views: full blocks, then the short one. `start` is a multiple of the block."""
+def pieces(scheme: Scheme, octets: Octets, start: int, stop: int, *, base: int = 0) -> Iterator[Piece]:
+    """The records of [start, stop) as views: full blocks, then the short one.
+
+    `octets` are the records from coordinate `base` on; `start` and `base` are multiples of the block.
+    """
     block = scheme.block
-    record, offset = scheme.record_bytes(block), start // block * scheme.record_bytes(block)
+    record = scheme.record_bytes(block)
+    offset = (start - base) // block * record
     full, short = divmod(stop - start, block)
     middle = offset + full * record
     if full:
@@ -90,47 +127,78 @@ def stateless(scheme: Scheme) -> Codec:
     """The codec of a scheme: exact, without private or shared state. Encode costs payload + one stride of memory."""
 
     def encode(update_d: Tensor, private: Any, shared: Any, round_index: int) -> tuple[bytes, Any]:
-        if update_d.dtype != torch.float32 or update_d.dim() != 1 or not len(update_d):
-            raise LocalError(f"an update is a vector of fp32, got {update_d.dtype} of shape {tuple(update_d.shape)}")
+        require_update(update_d)
+        now = scheme.of(round_index)
         payload = BytesIO()  # its `getvalue` hands the bytes over without a copy
         for start, stop in strides(0, len(update_d)):
             window_d = update_d[start:stop].detach().cpu().contiguous().numpy()
-            records = np.empty(payload_bytes(scheme, stop - start), np.uint8)
-            for piece in pieces(scheme, records, 0, stop - start):
-                x_bn = window_d[piece.start : piece.start + piece.size].reshape(-1, piece.n)
-                scheme.write(x_bn, piece.records_br)
-            payload.write(records.data)
+            payload.write(write_stretch(now, window_d, start, round_index).data)
         return payload.getvalue(), private
 
-    def decode(payload: bytes, schema: Schema, shared: Any, round_index: int, start: int, stop: int) -> Row:
-        octets = _octets(scheme, payload, schema)
-        if (
-            not 0 <= start < stop <= schema.numel
-            or start % WINDOW_ALIGN
-            or (stop % WINDOW_ALIGN and stop != schema.numel)
-        ):
-            raise LocalError(f"no window of {schema.numel} coordinates: [{start}, {stop})")
-        return scheme.read(list(pieces(scheme, octets, start, stop)), stop - start)
+    def open_(payload: bytes, schema: Schema, shared: Any, round_index: int) -> Reader:
+        octets, now, d = _octets(scheme, payload, schema), scheme.of(round_index), schema.numel
+
+        def read(start: int, stop: int) -> Row:
+            require_window(start, stop, d)
+            low = start // now.block * now.block
+            high = min(-(-stop // now.block) * now.block, d)
+            row = now.read(list(pieces(now, octets, low, high)), high - low)
+            return row if (low, high) == (start, stop) else cut(row, start - low, stop - low)
+
+        return read
 
     def check(payload: bytes, schema: Schema, shared: Any, round_index: int) -> None:
-        octets = _octets(scheme, payload, schema)
+        octets, now = _octets(scheme, payload, schema), scheme.of(round_index)
         for start, stop in strides(0, schema.numel):
-            for piece in pieces(scheme, octets, start, stop):
-                scheme.check(piece.records_br, piece.n)
+            for piece in pieces(now, octets, start, stop):
+                now.check(piece)
 
     return Codec(
         spec=scheme.spec,
         exact=True,
         init=lambda schema: (None, None),
         encode=encode,
-        decode=decode,
+        open=open_,
         check=check,
-        observe=lambda private, verdict: private,
-        advance=lambda shared, update_d: shared,
         bits=lambda schema: 8 * payload_bytes(scheme, schema.numel) / schema.numel,
-        private_tensors=lambda private: {},
-        restore_private=lambda schema, tensors: None,
     )
+
+
+def write_stretch(scheme: Scheme, window_d: Floats, start: int, round_index: int) -> Octets:
+    """The records of one stretch that starts at coordinate `start` of the vector, a multiple of the block."""
+    records = np.empty(payload_bytes(scheme, len(window_d)), np.uint8)
+    salt = salt_of(window_d, round_index) if scheme.salted else 0
+    for piece in pieces(scheme, records, start, start + len(window_d), base=start):
+        first = piece.start - start
+        scheme.write(window_d[first : first + piece.size].reshape(-1, piece.n), piece, salt)
+    return records
+
+
+def salt_of(window_d: Floats, round_index: int) -> int:
+    """64 bits that differ between members, rounds and stretches, and are the same each time one member encodes."""
+    digest = blake3(round_index.to_bytes(8, "little"))
+    digest.update(window_d.view(np.uint8).data)
+    return int.from_bytes(digest.digest(length=8), "little")
+
+
+def cut(row: Row, start: int, stop: int) -> Row:
+    """The coordinates [start, stop) of a row."""
+    if isinstance(row, DenseRow):
+        return DenseRow(row.value_d[start:stop])
+    first, last = (int(position) for position in torch.searchsorted(row.index_k, torch.tensor([start, stop])))
+    return SparseRow(stop - start, row.index_k[first:last] - start, row.value_k[first:last])
+
+
+def require_update(update_d: Tensor) -> None:
+    """Raise LocalError unless this is a vector of fp32."""
+    if update_d.dtype != torch.float32 or update_d.dim() != 1 or not len(update_d):
+        raise LocalError(f"an update is a vector of fp32, got {update_d.dtype} of shape {tuple(update_d.shape)}")
+
+
+def require_window(start: int, stop: int, d: int) -> None:
+    """Raise LocalError unless [start, stop) is a window of d coordinates."""
+    if not 0 <= start < stop <= d or start % WINDOW_ALIGN or (stop % WINDOW_ALIGN and stop != d):
+        raise LocalError(f"no window of {d} coordinates: [{start}, {stop})")
 
 
 def _octets(scheme: Scheme, payload: bytes, schema: Schema) -> Octets:

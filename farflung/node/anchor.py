@@ -64,13 +64,13 @@ class PayloadRows:
     """A round's payloads as rows that decode when they are read (`protocol.rows.Rows`). Reads from any thread."""
 
     def __init__(self, codec: Codec, schema: Schema, shared: Any, round_index: int, payloads: Sequence[bytes]) -> None:
-        self._codec, self._schema, self._shared, self._round = codec, schema, shared, round_index
-        self._payloads = payloads
+        self._schema = schema
+        self._readers = [codec.open(payload, schema, shared, round_index) for payload in payloads]
 
     @property
     def n(self) -> int:
         """Number of payloads."""
-        return len(self._payloads)
+        return len(self._readers)
 
     @property
     def d(self) -> int:
@@ -79,10 +79,7 @@ class PayloadRows:
 
     def window(self, start: int, stop: int) -> tuple[DenseRow[Tensor] | SparseRow[Tensor], ...]:
         """Every payload's window."""
-        decode = self._codec.decode
-        return tuple(
-            decode(payload, self._schema, self._shared, self._round, start, stop) for payload in self._payloads
-        )
+        return tuple(read(start, stop) for read in self._readers)
 
 
 class Trial(NamedTuple):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from farflung.compression import parse_codec
-from farflung.compression.dense import BF16_ABS_MAX, INT8_SCALE_MAX
+from farflung.compression.formats.dense import BF16_ABS_MAX, INT8_SCALE_MAX
 from farflung.protocol.errors import PeerError
 from farflung.protocol.limits import PAYLOAD_ABS_MAX
 from farflung.protocol.rows import SparseRow

@@ -12,8 +12,10 @@ import numpy as np
 import torch
 from numpy.typing import DTypeLike, NDArray
 
+from farflung.compression.grammar import Arguments
 from farflung.compression.kernels import LEVEL_MAX, Split, fastest
-from farflung.compression.scheme import Floats, Octets, Piece, Scheme, absmax_per_block, refuse_if
+from farflung.compression.scheme import STRIDE, Field, Floats, Octets, Piece, Scheme, absmax_per_block, refuse_if
+from farflung.compression.stage import Body, Build, Stage, with_coder
 from farflung.protocol.limits import PAYLOAD_ABS_MAX
 from farflung.protocol.rows import WINDOW_ALIGN, DenseRow
 
@@ -43,7 +45,7 @@ def fp32() -> Scheme:
     def fill(records_br: Octets, out_bn: Floats) -> None:
         out_bn[:] = _view(records_br, "<f4")
 
-    return _scheme("fp32", WINDOW_ALIGN, lambda n: 4 * n, write=write, check=check, fill=fill)
+    return _scheme("fp32", WINDOW_ALIGN, lambda n: (Field("raw", 8, 4 * n),), write=write, check=check, fill=fill)
 
 
 def bf16() -> Scheme:
@@ -60,7 +62,7 @@ def bf16() -> Scheme:
     def fill(records_br: Octets, out_bn: Floats) -> None:
         np.left_shift(_view(records_br, "<u2"), 16, out=out_bn.view(np.uint32), dtype=np.uint32)
 
-    return _scheme("bf16", WINDOW_ALIGN, lambda n: 2 * n, write=write, check=check, fill=fill)
+    return _scheme("bf16", WINDOW_ALIGN, lambda n: (Field("raw", 8, 2 * n),), write=write, check=check, fill=fill)
 
 
 def int8(block: int) -> Scheme:
@@ -93,7 +95,7 @@ def int8(block: int) -> Scheme:
         scale_b = _view(records_br[:, :4], "<f4")[:, 0].astype(np.float32)
         fastest().int8_unpack(records_br, scale_b, out_bn)
 
-    return _scheme(f"int8(block={block})", block, lambda n: 4 + n, write=write, check=check, fill=fill)
+    return _scheme(f"int8(block={block})", block, _coded(8), write=write, check=check, fill=fill)
 
 
 def _settled(scale_b: Floats) -> Floats:
@@ -125,7 +127,7 @@ def q2(block: int) -> Scheme:
         low_b, high_b = np.ascontiguousarray(level_b2.T).view(np.float32)
         fastest().q2_unpack(records_br, low_b, high_b, out_bn)
 
-    return _scheme(f"q2(block={block})", block, lambda n: 4 + (n + 3) // 4, write=write, check=_check_q2, fill=fill)
+    return _scheme(f"q2(block={block})", block, _coded(2), write=write, check=_check_q2, fill=fill)
 
 
 def _q2_levels(split: Split, absmax_b: Floats, n: int) -> tuple[Floats, Floats, NDArray[np.int64]]:
@@ -173,7 +175,7 @@ def _past_the_end(quarter: int, filled: int) -> Octets:
 def _scheme(
     spec: str,
     block: int,
-    record_bytes: Callable[[int], int],
+    fields: Callable[[int], tuple[Field, ...]],
     *,
     write: Callable[[Floats, Octets], None],
     check: Callable[[Octets, int], None],
@@ -190,7 +192,19 @@ def _scheme(
             first += piece.size
         return DenseRow(torch.from_numpy(out_d))
 
-    return Scheme(spec, block, record_bytes, write, check, read)
+    return Scheme(
+        spec,
+        block,
+        fields,
+        lambda x_bn, piece, salt: write(x_bn, piece.records_br),
+        lambda piece: check(piece.records_br, piece.n),
+        read,
+    )
+
+
+def _coded(bits: int) -> Callable[[int], tuple[Field, ...]]:
+    """The record of a format with four bytes of scales and one code of so many bits per coordinate."""
+    return lambda n: (Field("raw", 8, 4), Field("codes", bits, n))
 
 
 def _view(octets_br: Octets, dtype: DTypeLike) -> Any:
@@ -209,3 +223,61 @@ def _round_bf16(x_b: NDArray[np.float64]) -> Floats:
     bits_b = _to_bf16(np.minimum(x_b, BF16_ABS_MAX).astype(np.float32))
     rounded_b: Floats = (bits_b.astype(np.uint32) << np.uint32(16)).view(np.float32)
     return rounded_b
+
+
+def _plain(scheme: Callable[[], Scheme]) -> Build:
+    """The parser's side of a format without arguments."""
+
+    def build(arguments: Arguments, inner: Body | None, parse: Any) -> Body:
+        arguments.end()
+        return with_coder(scheme(), inner, arguments.stage)
+
+    return build
+
+
+def _blocked(scheme: Callable[[int], Scheme], default: int) -> Build:
+    """The parser's side of a format whose only argument is its block."""
+
+    def build(arguments: Arguments, inner: Body | None, parse: Any) -> Body:
+        block = arguments.integer("block", BLOCK_MIN, STRIDE, default, power_of_two=True)
+        arguments.end()
+        return with_coder(scheme(block), inner, arguments.stage)
+
+    return build
+
+
+BLOCK_MIN = 16
+"""Smaller blocks would spend more bits on scales than on values."""
+
+INT8_BLOCK = 1024
+"""8.03 bits per parameter; a spike spoils the resolution of 1,023 neighbours at most."""
+
+Q2_BLOCK = 512
+"""2.0625 bits per parameter; fine enough that a block seldom straddles matrices of different scale."""
+
+STAGES = (
+    Stage("fp32", "number format", "fp32", "The number itself.", "32", "none", "", _plain(fp32), ("fp32",)),
+    Stage("bf16", "number format", "bf16", "Rounded to 8 significant bits.", "16", "none", "", _plain(bf16), ("bf16",)),
+    Stage(
+        "int8",
+        "number format",
+        "int8(block=1024)",
+        "Blockwise absmax: 255 even steps.",
+        "8 + 32/block",
+        "none",
+        "arXiv:2110.02861, §2.1",
+        _blocked(int8, INT8_BLOCK),
+        ("int8", "ef(1)|int8"),
+    ),
+    Stage(
+        "q2",
+        "number format",
+        "q2(block=512)",
+        "Two magnitudes per block with signs, split by Lloyd's method.",
+        "2 + 32/block",
+        "none",
+        "conditional means as in arXiv:2508.15706",
+        _blocked(q2, Q2_BLOCK),
+        ("q2", "ef(1)|q2"),
+    ),
+)

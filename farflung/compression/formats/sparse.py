@@ -5,14 +5,18 @@ Decoding is exact because the value formats are; indices are integers.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from farflung.compression.grammar import Arguments
 from farflung.compression.kernels import Integers, fastest
-from farflung.compression.scheme import Floats, Octets, Piece, Scheme, absmax_per_block, refuse_if
+from farflung.compression.scheme import Field, Floats, Octets, Piece, Scheme, absmax_per_block, refuse_if
+from farflung.compression.stage import Body, Stage, over
 from farflung.protocol.errors import LocalError
-from farflung.protocol.rows import DenseRow, SparseRow
+from farflung.protocol.rows import WINDOW_ALIGN, DenseRow, SparseRow
 
 
 def topk(k: int, chunk: int, value: Scheme) -> Scheme:
@@ -29,28 +33,30 @@ def topk(k: int, chunk: int, value: Scheme) -> Scheme:
     def kept(n: int) -> int:
         return -(-k * n // chunk)
 
-    def record_bytes(n: int) -> int:
-        return value.record_bytes(kept(n)) + (kept(n) * width + 7) // 8
+    def fields(n: int) -> tuple[Field, ...]:
+        return (*value.fields(kept(n)), Field("index", width, kept(n), n))
 
-    def write_kept(x_bn: Floats, out_br: Octets) -> tuple[Integers, Floats]:
+    def write_kept(x_bn: Floats, out_br: Octets, salt: int) -> tuple[Integers, Floats]:
         """Select and write; return the indices and the decoded values."""
         count = kept(x_bn.shape[1])
         index_bk = fastest().topk_select(x_bn, count)
         values_br = np.empty((len(x_bn), value.record_bytes(count)), np.uint8)
-        value.write(np.take_along_axis(x_bn, index_bk, 1) + np.float32(0), values_br)  # -0.0 + 0.0 = +0.0
+        kept_bk = np.take_along_axis(x_bn, index_bk, 1) + np.float32(0)  # -0.0 + 0.0 = +0.0
+        value.write(kept_bk, Piece(values_br, count, 0), salt)
         out_br[:, : values_br.shape[1]] = values_br
         out_br[:, values_br.shape[1] :] = _pack(index_bk, width)
         return index_bk, _values(value, values_br, count)
 
-    def write(x_bn: Floats, out_br: Octets) -> None:
+    def write(x_bn: Floats, piece: Piece, salt: int) -> None:
         absmax_per_block(x_bn)
-        index_bk, value_bk = write_kept(x_bn, out_br)
+        out_br = piece.records_br
+        index_bk, value_bk = write_kept(x_bn, out_br, salt)
         lost_b = _stray_zero(index_bk, value_bk)
         if lost_b.any():  # rare: a value too small for the format; write the decoded row again, zeros first
             sent_bn = np.zeros((int(lost_b.sum()), x_bn.shape[1]), np.float32)
             np.put_along_axis(sent_bn, index_bk[lost_b], value_bk[lost_b], 1)
             again_br = np.empty((len(sent_bn), out_br.shape[1]), np.uint8)
-            write_kept(sent_bn, again_br)
+            write_kept(sent_bn, again_br, salt)
             out_br[lost_b] = again_br
 
     def opened(records_br: Octets, n: int) -> tuple[Integers, Floats]:
@@ -65,8 +71,8 @@ def topk(k: int, chunk: int, value: Scheme) -> Scheme:
         refuse_if(_stray_zero(index_bk, value_bk), "a kept zero is not +0.0 at its index")
         return index_bk, value_bk
 
-    def check(records_br: Octets, n: int) -> None:
-        opened(records_br, n)
+    def check(piece: Piece) -> None:
+        opened(piece.records_br, piece.n)
 
     def read(pieces: list[Piece], size: int) -> SparseRow[torch.Tensor]:
         index_parts, value_parts, first = [], [], 0
@@ -78,7 +84,7 @@ def topk(k: int, chunk: int, value: Scheme) -> Scheme:
             first += piece.size
         return SparseRow(size, torch.cat(index_parts), torch.cat(value_parts))
 
-    return Scheme(f"topk({k}/{chunk})|{value.spec.partition('(')[0]}", chunk, record_bytes, write, check, read)
+    return Scheme(f"topk({k}/{chunk})|{value.spec}", chunk, fields, write, check, read, value.salted)
 
 
 def _values(value: Scheme, values_br: Octets, count: int) -> Floats:
@@ -116,3 +122,33 @@ def _unpack(packed_br: Octets, count: int, width: int) -> Integers:
     )
     window_bk = window_bk >> (bit_k % 8).astype(np.uint32) & np.uint32((1 << width) - 1)
     return window_bk.astype(np.int64)
+
+
+CHUNK_MIN = 16
+
+
+def _build_topk(arguments: Arguments, inner: Body | None, parse: Any) -> Body:
+    k, chunk = arguments.fraction("k", CHUNK_MIN, WINDOW_ALIGN)
+    arguments.end()
+    return over(inner, arguments.stage, lambda value: topk(k, chunk, value))
+
+
+STAGES = (
+    Stage(
+        "topk",
+        "sparsifier",
+        "topk(k/chunk)",
+        "The k largest magnitudes of every chunk.",
+        "k/chunk x (log2(chunk) + value)",
+        "none",
+        "arXiv:1809.07599, §2; arXiv:2508.15706",
+        _build_topk,
+        (
+            "topk(64/4096)|fp32",
+            "topk(64/4096)|bf16",
+            "topk(64/4096)|int8",
+            "topk(64/4096)|q2",
+            "ef(0.95)|topk(64/4096)|q2",
+        ),
+    ),
+)

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from farflung.compression.codec import Codec
+from farflung.compression.grammar import Arguments
 from farflung.compression.scheme import strides
+from farflung.compression.stage import Body, Stage, on_codec
 from farflung.protocol.errors import LocalError
 from farflung.protocol.limits import PAYLOAD_ABS_MAX
 from farflung.protocol.rows import DenseRow, Reason, Verdict
@@ -47,8 +49,9 @@ def error_feedback(beta: float, inner: Codec) -> Codec:
                 window_d.mul_(beta)
             window_d.add_(update_d[start:stop].detach().cpu())
         payload, inner_private = inner.encode(error_d, private.inner, shared, round_index)
+        read = inner.open(payload, private.schema, shared, round_index)
         for start, stop in strides(0, len(error_d)):
-            row = inner.decode(payload, private.schema, shared, round_index, start, stop)
+            row = read(start, stop)
             window_d = error_d[start:stop]
             if isinstance(row, DenseRow):
                 window_d.sub_(row.value_d)
@@ -89,3 +92,24 @@ def _refuse_wild(update_d: Tensor, error_d: Tensor) -> None:
     low, high = (float(end) for end in update_d.detach().aminmax())
     if not -PAYLOAD_ABS_MAX <= low <= high <= PAYLOAD_ABS_MAX:
         raise LocalError(f"an update must be finite and at most {PAYLOAD_ABS_MAX:g}, got {low:g} to {high:g}")
+
+
+def _build(arguments: Arguments, inner: Body | None, parse: Any) -> Body:
+    beta = arguments.decimal("beta", 0.001, 1)
+    arguments.end()
+    return error_feedback(beta, on_codec(inner, arguments.stage))
+
+
+STAGES = (
+    Stage(
+        "ef",
+        "wrapper",
+        "ef(beta)",
+        "Error feedback: what a round did not send is carried into the next, times beta.",
+        "0",
+        "private: 1 vector",
+        "arXiv:1901.09847, Alg. 2",
+        _build,
+        ("ef(1)|bf16",),
+    ),
+)

@@ -1,0 +1,1 @@
+"""Lossless coders of the integers in records: bit packing, Rice, Elias-Fano, rANS. One byte string per value."""

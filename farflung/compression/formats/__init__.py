@@ -1,0 +1,1 @@
+"""Number formats and sparsifiers: fixed-size records per block of coordinates (`compression.scheme`)."""

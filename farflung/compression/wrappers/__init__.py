@@ -1,0 +1,1 @@
+"""Codecs around codecs: what is sent when, and what becomes of the rest."""
