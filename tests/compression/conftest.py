@@ -15,6 +15,12 @@ def make_schema(d: int) -> Schema:
     return Schema((TensorSpec("w", (d,), "float32"),))
 
 
+def make_model_schema() -> Schema:
+    """Tensors of one to three dimensions, some with sides that nothing divides, and a scalar."""
+    shapes = {"bias": (7,), "conv": (5, 3, 7), "embed": (256, 64), "head": (64, 192), "norm": (64,), "odd": (50, 31)}
+    return Schema(tuple(TensorSpec(name, shape, "float32") for name, shape in sorted(shapes.items())))
+
+
 def make_vector(shape: str, d: int, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     gauss = torch.randn(d, generator=generator)
@@ -52,6 +58,16 @@ def make_vector(shape: str, d: int, seed: int = 0) -> Tensor:
 @pytest.fixture
 def schema_of() -> Callable[[int], Schema]:
     return make_schema
+
+
+@pytest.fixture
+def model_schema() -> Schema:
+    return make_model_schema()
+
+
+@pytest.fixture(params=["flat", "model"])
+def schema(request: pytest.FixtureRequest) -> Schema:
+    return make_schema(70_001) if request.param == "flat" else make_model_schema()
 
 
 @pytest.fixture
