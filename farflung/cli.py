@@ -305,6 +305,8 @@ app.command(
     "farflung.sim.cli:app", name="sim", help="Simulate a swarm: time, utilisation, bytes, and what is in the way."
 )
 
+app.command("farflung.sim.bench.cli:app", name="bench", help="Compare codecs: size, error, speed, time on your line.")
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status. Errors of the user and of the network are one line on stderr."""

@@ -90,6 +90,12 @@ class Codec(NamedTuple):
     tune: Callable[[Private, Link], Private] = lambda private, link: private
     """What was measured since the last encode, told before the next one; only codecs that choose a rate listen."""
 
+    scheme: Any = None
+    """The `scheme.Scheme` whose records the payload is made of, if it is; for what looks inside: benches, fused code."""
+
+    records: Callable[[bytes, Schema, int], bytes] | None = None
+    """(payload, schema, round) -> the records of `scheme`, where there is one: the payload itself unless recoded."""
+
     def decode(self, payload: bytes, schema: Schema, shared: Shared, round_index: int, start: int, stop: int) -> Row:
         """One window of a payload; `open` once instead where several are read."""
         return self.open(payload, schema, shared, round_index)(start, stop)

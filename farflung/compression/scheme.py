@@ -161,6 +161,8 @@ def stateless(scheme: Scheme) -> Codec:
         open=open_,
         check=check,
         bits=lambda schema: 8 * payload_bytes(scheme, schema.numel) / schema.numel,
+        scheme=scheme,
+        records=lambda payload, schema, round_index: payload,
     )
 
 
