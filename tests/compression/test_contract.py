@@ -27,6 +27,7 @@ def feedback_of(spec):
 
 
 FEEDBACK = [spec for spec in SPECS if feedback_of(spec) is not None]
+UNBOUNDED = [spec for spec in FEEDBACK if "bound" not in spec]
 
 
 def densify(row):
@@ -125,7 +126,7 @@ def test_every_codec_decodes_to_the_same_bits_everywhere(spec):
     assert parse_codec(spec).exact
 
 
-@pytest.mark.parametrize("spec", FEEDBACK)
+@pytest.mark.parametrize("spec", UNBOUNDED)
 def test_sent_plus_residual_is_wanted_within_an_ulp_of_the_larger(spec, shape, model_schema, vector):
     codec, schema = parse_codec(spec), model_schema
     beta = float(codec.spec.partition("ef(")[2].partition(")")[0].partition(",")[0])
