@@ -14,8 +14,31 @@ from farflung.protocol.errors import LocalError
 
 MODULES = (
     "farflung.compression.formats.dense",
+    "farflung.compression.formats.half",
+    "farflung.compression.formats.small_floats",
+    "farflung.compression.formats.signs",
+    "farflung.compression.formats.stochastic",
+    "farflung.compression.formats.natural",
+    "farflung.compression.formats.statistical",
     "farflung.compression.formats.sparse",
+    "farflung.compression.formats.random_k",
+    "farflung.compression.formats.global_topk",
+    "farflung.compression.formats.deadzone",
+    "farflung.compression.entropy.coders",
+    "farflung.compression.transforms.tiles",
+    "farflung.compression.transforms.dct",
+    "farflung.compression.transforms.lowrank",
+    "farflung.compression.transforms.rotation",
+    "farflung.compression.transforms.sketch",
     "farflung.compression.wrappers.feedback",
+    "farflung.compression.wrappers.lookahead",
+    "farflung.compression.wrappers.rules",
+    "farflung.compression.wrappers.mix",
+    "farflung.compression.wrappers.warmup",
+    "farflung.compression.wrappers.cyclic",
+    "farflung.compression.wrappers.adapt",
+    "farflung.compression.wrappers.dgc",
+    "farflung.compression.wrappers.ef21",
 )
 """In the order in which `--list` shows them."""
 
