@@ -177,7 +177,8 @@ def farflung_peer(options: dict[str, Any]) -> None:
         for name, cpu_s in cpu_by_thread().items():
             spent[f"thread: {name}"] = (0.0, cpu_s - threads.get(name, 0.0))
             SPANS[f"thread: {name}"] = SPANS["the whole round"]
-        return {"rounds": swarm.round_index - before, "spent": dict(spent), "spans": dict(SPANS)}
+        state = member.node.machine.tip.state_digest.hex()
+        return {"rounds": swarm.round_index - before, "state": state, "spent": dict(spent), "spans": dict(SPANS)}
 
     serve(options, lambda: weight_d, average)
     swarm.leave(1.0)
@@ -245,6 +246,8 @@ def profile(node: Any) -> Spent:
     wrap(node.store, "append_certificate", "certificate fsync")
     wrap(node.store.journal, "record", "journal fsync")
     wrap(node.store, "write_snapshot", "snapshot")
+    wrap(node.store, "write_local", "own state (background)")
+    wrap(node.local, "_refuse", "screen")
     wrap(node.anchor, "_step", "decode+mean+outer")
     wrap(node.anchor, "try_out", "try_out (with digest)")
 

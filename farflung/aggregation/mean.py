@@ -15,10 +15,16 @@ from farflung.aggregation.verdicts import judge
 from farflung.aggregation.weights import checked_weights, sum_in_order
 from farflung.aggregation.windows import WINDOW, Visit, map_windows
 from farflung.protocol.errors import LocalError
-from farflung.protocol.rows import DenseRow, Rows
+from farflung.protocol.rows import WINDOW_ALIGN, DenseRow, Rows, SparseRow
+
+SPARSE_WINDOW = 1 << 18
+"""Coordinates per window of sparse rows: the sum is touched where they have entries, and reading a window of a payload
+costs the same however short it is."""
 
 
-def weighted_mean(rows: Rows[Tensor], weight_n: Tensor, *, f: int, context: Context, window: int = WINDOW) -> Aggregate:
+def weighted_mean(
+    rows: Rows[Tensor], weight_n: Tensor, *, f: int, context: Context, window: int | None = None
+) -> Aggregate:
     """update = Σ w_i x_i / Σ w_i: fp64 products and sums in member order, one fp64 division, one rounding to fp32.
 
     Survives no liar: one row moves the mean anywhere. With f >= 1 a weight counts for at most Σ w / (n - f), n rows
@@ -31,6 +37,7 @@ def weighted_mean(rows: Rows[Tensor], weight_n: Tensor, *, f: int, context: Cont
     total = sum_in_order(weights)
     capped = _cap(weights, total, f)
     out_d = torch.empty(rows.d) if context.out_d is None else context.out_d
+    window = window or _window_of(rows)
     wild: frozenset[int] = frozenset()
     if not _combine(rows, capped, total, out_d, context=context, window=window):
         wild = find_wild(rows, capped, context, window)
@@ -39,6 +46,11 @@ def weighted_mean(rows: Rows[Tensor], weight_n: Tensor, *, f: int, context: Cont
             raise LocalError(f"the mean of finite rows is not finite, without rows {sorted(wild)}")
     verdicts = judge([weight / total for weight in capped], weights, wild)
     return Aggregate(out_d, verdicts, {"weight_total": total, "rows_left_out": float(len(wild))})
+
+
+def _window_of(rows: Rows[Tensor]) -> int:
+    first = rows.window(0, min(WINDOW_ALIGN, rows.d)) if rows.d > SPARSE_WINDOW else ()
+    return SPARSE_WINDOW if first and all(isinstance(row, SparseRow) for row in first) else WINDOW
 
 
 def _cap(weights: Sequence[float], total: float, f: int) -> list[float]:
@@ -57,14 +69,26 @@ def _combine(
     out = array_of(out_d, rows.d)
 
     def make_visit() -> Visit[bool]:
-        buffer = np.empty(min(window, rows.d))
+        dense_w, sparse_w = np.empty(min(window, rows.d)), np.zeros(min(window, rows.d))  # touched only where needed
 
         def visit(start: int, stop: int) -> bool:
-            sum_w = buffer[: stop - start]
-            sum_w.fill(0)
-            window_rows = rows.window(start, stop)
-            _add_rows(sum_w, [(row, w) for row, w in zip(window_rows, weights, strict=True) if w])
-            return native.divide(out[start:stop], sum_w, total)
+            weighted = [(row, w) for row, w in zip(rows.window(start, stop), weights, strict=True) if w]
+            sparse = [row for row, _ in weighted if isinstance(row, SparseRow)]
+            if len(sparse) == len(weighted):
+                sum_w, out_w = sparse_w[: stop - start], out[start:stop]
+                _add_rows(sum_w, weighted)
+                out_w.fill(0)
+                finite = True
+                for row in sparse:
+                    finite &= native.divide_sparse(out_w, sum_w, arrays_of(row, stop - start)[0], total)
+            else:
+                sum_w = dense_w[: stop - start]
+                sum_w.fill(0)
+                _add_rows(sum_w, weighted)
+                finite = native.divide(out[start:stop], sum_w, total)
+            if context.finish is not None:
+                context.finish(start, stop)
+            return finite
 
         return visit
 

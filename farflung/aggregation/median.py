@@ -87,6 +87,8 @@ def _combine(
             ]
             hit_n = np.zeros(len(counted), dtype=np.int64)
             native.median(out[start:stop], hit_n, block_nw, comparator_c2)
+            if context.finish is not None:
+                context.finish(start, stop)
             return _Window(hit_n, all(finite))
 
         return visit

@@ -51,6 +51,22 @@ class Step(Protocol):
         ...
 
 
+class Plan(Protocol):
+    """The same step by windows, for callers who have each window of the update in their cache at some time."""
+
+    def __call__(
+        self,
+        theta_d: Tensor,
+        momentum_d: Tensor | None,
+        update_d: Tensor,
+        *,
+        theta_out_d: Tensor,
+        momentum_out_d: Tensor | None,
+    ) -> Callable[[slice], None]:
+        """Checks the vectors like `Step`; what it returns takes the step on one slice, from any thread."""
+        ...
+
+
 class OuterOptimizer(NamedTuple):
     """An outer optimiser is a value: what it is called, what it keeps, and a pure step."""
 
@@ -65,55 +81,68 @@ class OuterOptimizer(NamedTuple):
     """Vectors of length d kept between rounds, zero at the start: 1 for momentum, otherwise 0."""
 
     step: Step
+    plan: Plan
 
 
 def sgd(lr: float) -> OuterOptimizer:
     """θ' = θ − η g. With lr = 1 the members' models are averaged."""
 
-    def step(
+    def plan(
         theta_d: Tensor,
         momentum_d: Tensor | None,
         update_d: Tensor,
         *,
         theta_out_d: Tensor,
         momentum_out_d: Tensor | None,
-        threads: int = 1,
-    ) -> None:
+    ) -> Callable[[slice], None]:
         from farflung.aggregation.kernels import native
 
         if momentum_d is not None or momentum_out_d is not None:
             raise LocalError("sgd keeps no momentum, got some")
         theta, update, theta_out = _arrays((theta_d, update_d), (theta_out_d,))
-        _each_window(lambda at: native.sgd(theta_out[at], theta[at], update[at], lr), len(theta), threads)
+        return lambda at: native.sgd(theta_out[at], theta[at], update[at], lr)
 
-    return OuterOptimizer(f"sgd(lr={lr!r})", lr, 0.0, 0, step)
+    return OuterOptimizer(f"sgd(lr={lr!r})", lr, 0.0, 0, _step_of(plan), plan)
 
 
 def nesterov(lr: float, momentum: float) -> OuterOptimizer:
     """b' = μ b + g, θ' = θ − η (g + μ b'): torch's SGD(nesterov=True), DiLoCo's outer step (arXiv:2311.08105)."""
 
-    def step(
+    def plan(
         theta_d: Tensor,
         momentum_d: Tensor | None,
         update_d: Tensor,
         *,
         theta_out_d: Tensor,
         momentum_out_d: Tensor | None,
-        threads: int = 1,
-    ) -> None:
+    ) -> Callable[[slice], None]:
         from farflung.aggregation.kernels import native
 
         if momentum_d is None or momentum_out_d is None:
             raise LocalError("nesterov needs its momentum and room for the next, got None")
         inputs, outputs = (theta_d, momentum_d, update_d), (theta_out_d, momentum_out_d)
         theta, buffer, update, theta_out, buffer_out = _arrays(inputs, outputs)
+        return lambda at: native.nesterov(
+            theta_out[at], buffer_out[at], theta[at], buffer[at], update[at], lr, momentum
+        )
 
-        def work(at: slice) -> None:
-            native.nesterov(theta_out[at], buffer_out[at], theta[at], buffer[at], update[at], lr, momentum)
+    return OuterOptimizer(f"nesterov(lr={lr!r},momentum={momentum!r})", lr, momentum, 1, _step_of(plan), plan)
 
-        _each_window(work, len(theta), threads)
 
-    return OuterOptimizer(f"nesterov(lr={lr!r},momentum={momentum!r})", lr, momentum, 1, step)
+def _step_of(plan: Plan) -> Step:
+    def step(
+        theta_d: Tensor,
+        momentum_d: Tensor | None,
+        update_d: Tensor,
+        *,
+        theta_out_d: Tensor,
+        momentum_out_d: Tensor | None,
+        threads: int = 1,
+    ) -> None:
+        work = plan(theta_d, momentum_d, update_d, theta_out_d=theta_out_d, momentum_out_d=momentum_out_d)
+        _each_window(work, len(theta_d), threads)
+
+    return step
 
 
 def parse_outer(spec: str) -> OuterOptimizer:

@@ -24,13 +24,17 @@ class Context:
     """What a rule may know besides rows and weights.
 
     `out_d`, when given, is fp32 memory of length d that receives the update (the node lends a buffer it has anyway).
-    `threads` only changes speed, never a byte.
+    `threads` only changes speed, never a byte. `finish(start, stop)`, when given, is called with every window of
+    `out_d` as soon as it is computed, by the thread that did: what follows finds it in the cache, and may write over
+    it. It may be called again for a window that had to be computed again, and only the last time counts. Rules that do
+    not call it leave that to their caller.
     """
 
     round_index: int = 0
     out_d: Tensor | None = None
     threads: int = 1
     cancelled: Callable[[], bool] = field(default=lambda: False)
+    finish: Callable[[int, int], None] | None = None
 
 
 class Rule(Protocol):

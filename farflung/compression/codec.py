@@ -34,6 +34,14 @@ class Link(NamedTuple):
     members: int
 
 
+class Records(NamedTuple):
+    """Fixed-size records of d coordinates in a format (`scheme.Scheme`), as they were before any entropy coder."""
+
+    scheme: Any
+    octets: bytes
+    d: int
+
+
 class Codec(NamedTuple):
     """How a pseudo-gradient becomes a payload and back. All functions are pure, with one leave:
 
@@ -78,7 +86,8 @@ class Codec(NamedTuple):
     """(shared, update_d, round) -> shared, with that round's certificate; a new value, the old one stays usable."""
 
     shared_tensors: Callable[[Shared], dict[str, Tensor]] = lambda shared: {}
-    """Named fp32 tensors of the shared state, for the state digest and for joiners; empty when there is none."""
+    """Named fp32 tensors of the shared state, for the state digest and for joiners; empty when there is none. Names and
+    shapes are those of `init` in every round: the length of the state is known before it is fetched."""
 
     restore_shared: Callable[[Schema, dict[str, Tensor]], Shared] = lambda schema, tensors: None
     """The inverse of `shared_tensors`. Raises LocalError if a tensor is missing or has the wrong shape."""
@@ -91,10 +100,11 @@ class Codec(NamedTuple):
     """What was measured since the last encode, told before the next one; only codecs that choose a rate listen."""
 
     scheme: Any = None
-    """The `scheme.Scheme` whose records the payload is made of, if it is; for what looks inside: benches, fused code."""
+    """The `scheme.Scheme` behind the payload, if there is one: for code that fuses steps."""
 
-    records: Callable[[bytes, Schema, int], bytes] | None = None
-    """(payload, schema, round) -> the records of `scheme`, where there is one: the payload itself unless recoded."""
+    records: Callable[[bytes, Schema, int], list[Records]] | None = None
+    """(payload, schema, round) -> the plain records behind a payload that was checked, for what counts their entropy;
+    None: it has none, or nobody has asked yet."""
 
     def decode(self, payload: bytes, schema: Schema, shared: Shared, round_index: int, start: int, stop: int) -> Row:
         """One window of a payload; `open` once instead where several are read."""

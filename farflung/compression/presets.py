@@ -29,7 +29,7 @@ PRESETS: dict[str, Preset] = {
     "diloco-fp32": Preset("fp32", DENSE, "Pseudo-gradients as they are.", "arXiv:2311.08105"),
     "opendiloco-fp16": Preset("fp16", DENSE, "Half precision, nothing else.", "arXiv:2407.07852"),
     "intellect-int8": Preset(
-        "stat(bits=8, block=16384)",
+        "stat(bits=8, block=16384)|ans",
         DENSE,
         "256 bins over six sigmas, each decoded to its mean; here per block, and coded once instead of at every hop.",
         "arXiv:2412.01152",
@@ -59,13 +59,13 @@ PRESETS: dict[str, Preset] = {
         "Psyche, Consilience-40B",
     ),
     "dilocox": Preset(
-        "ef(1)|lowrank(4)|int4(block=128)",
+        "ef(1)|lowrank(4)|int4(block=128)|ans",
         DENSE,
         "PowerSGD's factors in 4 bits; its authors adapt rank and H, and overlap by one round.",
         "arXiv:2506.21263",
     ),
     "muloco-2bit": Preset(
-        "ef(0.9)|stat(bits=2, block=1024)",
+        "ef(0.9)|stat(bits=2, block=1024)|ans",
         "nesterov(lr=0.9,momentum=0.6)",
         "Statistical 2-bit quantiser with error feedback; the inner optimiser (Muon) is the task's.",
         "arXiv:2505.23725",
@@ -81,7 +81,7 @@ PRESETS: dict[str, Preset] = {
     ),
     "qsgd": Preset("qsgd(levels=7, block=512)|ans", DENSE, "Unbiased, without error feedback.", "arXiv:1610.02132"),
     "loco-4bit": Preset(
-        "ef(1)|int4(block=128)",
+        "ef(1)|int4(block=128)|ans",
         DENSE,
         "4 bits with compensation; LoCo keeps the error in 8 bits and resets it now and then.",
         "arXiv:2407.04480",

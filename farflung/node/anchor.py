@@ -1,7 +1,8 @@
 """The anchor and the outer state: what a manifest does to them, on trial first, for good with a certificate.
 
 Four vectors of length d for Nesterov, two for sgd, all fp32 on the CPU: θ and b, and the room where the next ones are
-computed before anybody has agreed on them. The update is written straight into the room of the next θ.
+computed before anybody has agreed on them. The update is written straight into the room of the next θ. A codec's shared
+state moves with them; codecs without one pay nothing for it.
 """
 
 from __future__ import annotations
@@ -10,18 +11,20 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from farflung.aggregation.outer import OuterOptimizer, momentum_gain, norm
+from farflung.aggregation.landing import Landing
+from farflung.aggregation.outer import OuterOptimizer
 from farflung.aggregation.registry import ParsedRule
 from farflung.aggregation.rule import Context
 from farflung.aggregation.weights import Claim, WeightPolicy
-from farflung.compression.codec import Codec
+from farflung.compression.codec import Codec, Shared
+from farflung.node.shared_state import shapes_of, shared_from, shared_vector
 from farflung.protocol.blob import BlobRef, ChunkHasher, blob_digest, choose_chunk_bytes, chunk_digest
 from farflung.protocol.errors import LocalError, PeerError, TooFewPeers
 from farflung.protocol.identity import PeerId
@@ -30,6 +33,15 @@ from farflung.protocol.rows import DenseRow, SparseRow, Verdict
 from farflung.protocol.schema import Schema
 
 F32 = NDArray[np.float32]
+_MOMENTUM, _SHARED = "momentum", "shared"
+
+
+def first_buffers(outer: OuterOptimizer, codec: Codec, schema: Schema) -> dict[str, Tensor]:
+    """What the state holds besides θ before the first round: zero momentum, and the codec's first shared state."""
+    buffers = {_MOMENTUM: torch.zeros(schema.numel)} if outer.state_buffers else {}
+    shared = codec.init(schema)[1]
+    vector = shared_vector(codec, shared, shapes_of(codec, shared))
+    return buffers if vector is None else buffers | {_SHARED: vector}
 
 
 def state_ref(size: int) -> Callable[[Sequence[bytes]], BlobRef]:
@@ -63,7 +75,9 @@ def state_digests(buffers: Sequence[F32], *, pool: ThreadPoolExecutor | None = N
 class PayloadRows:
     """A round's payloads as rows that decode when they are read (`protocol.rows.Rows`). Reads from any thread."""
 
-    def __init__(self, codec: Codec, schema: Schema, shared: Any, round_index: int, payloads: Sequence[bytes]) -> None:
+    def __init__(
+        self, codec: Codec, schema: Schema, shared: Shared, round_index: int, payloads: Sequence[bytes]
+    ) -> None:
         self._schema = schema
         self._readers = [codec.open(payload, schema, shared, round_index) for payload in payloads]
 
@@ -101,7 +115,7 @@ class Anchor:
     outer: OuterOptimizer
     weights: WeightPolicy
     theta_d: Tensor
-    shared: Any
+    shared: Shared
     round_index: int = 0
     threads: int = 1
 
@@ -113,28 +127,40 @@ class Anchor:
         self.momentum_d: Tensor | None = torch.zeros(d) if keeps else None
         self._next_theta_d = torch.empty(d)
         self._next_momentum_d: Tensor | None = torch.empty(d) if keeps else None
+        self._shapes = shapes_of(self.codec, self.shared)
+        self._shared_d = shared_vector(self.codec, self.shared, self._shapes)
+        self._next_shared, self._next_shared_d = self.shared, self._shared_d
         self._trial: Trial | None = None
         self.lock = threading.Lock()
         """Held while θ is read from another thread or exchanged for the next one."""
 
     @property
     def buffers(self) -> dict[str, Tensor]:
-        """The outer state besides θ, in the order of the state stream."""
-        return {} if self.momentum_d is None else {"momentum": self.momentum_d}
+        """The state besides θ, in the order of the state stream: outer momentum, shared codec state."""
+        found = {_MOMENTUM: self.momentum_d, _SHARED: self._shared_d}
+        return {name: buffer for name, buffer in found.items() if buffer is not None}
 
     def arrays(self) -> list[F32]:
-        """The state stream's parts."""
+        """The state stream's parts. Whoever writes to them calls `loaded` next."""
         return [self.theta_d.numpy(), *(buffer.numpy() for buffer in self.buffers.values())]
 
     def load(self, round_index: int, theta: F32, buffers: dict[str, F32]) -> None:
         """Replace the state, for instance by a snapshot. Raises PeerError if it does not fit."""
-        if theta.shape != (self.schema.numel,) or buffers.keys() != self.buffers.keys():
+        mine = self.buffers
+        fits = buffers.keys() == mine.keys() and all(buffers[name].shape == mine[name].shape for name in mine)
+        if theta.shape != (self.schema.numel,) or not fits:
             raise PeerError("?", f"a state of {theta.shape} parameters and {sorted(buffers)}")
         with self.lock:
             self.theta_d.numpy()[:] = theta
-            for name, buffer in self.buffers.items():
+            for name, buffer in mine.items():
                 buffer.numpy()[:] = buffers[name]
-            self.round_index, self._trial = round_index, None
+        self.loaded(round_index)
+
+    def loaded(self, round_index: int) -> None:
+        """The state in `arrays` is now the one after this round."""
+        if self._shared_d is not None:
+            self.shared = shared_from(self.codec, self.schema, self._shared_d, self._shapes)
+        self.round_index, self._trial = round_index, None
 
     def try_out(self, manifest: Manifest, payloads: Sequence[bytes], pool: ThreadPoolExecutor | None = None) -> Trial:
         """Compute the state after `manifest` beside the present one.
@@ -146,8 +172,7 @@ class Anchor:
             raise LocalError(f"manifest {manifest.round_index} on the state of round {self.round_index}")
         verdicts, numbers = self._step(manifest, payloads)
         arrays = [self._next_theta_d.numpy()]
-        if self._next_momentum_d is not None:
-            arrays.append(self._next_momentum_d.numpy())
+        arrays += [part.numpy() for part in (self._next_momentum_d, self._next_shared_d) if part is not None]
         ref, _ = state_digests(arrays, pool=pool)
         self._trial = Trial(manifest.digest, ref, verdicts, numbers)
         return self._trial
@@ -160,34 +185,42 @@ class Anchor:
         with self.lock:
             self.theta_d, self._next_theta_d = self._next_theta_d, self.theta_d
             self.momentum_d, self._next_momentum_d = self._next_momentum_d, self.momentum_d
+            self.shared, self._shared_d = self._next_shared, self._next_shared_d
             self.round_index, self._trial = self.round_index + 1, None
         return trial
 
     def _step(self, manifest: Manifest, payloads: Sequence[bytes]) -> tuple[dict[PeerId, Verdict], dict[str, float]]:
         items = manifest.payloads
         rows = PayloadRows(self.codec, self.schema, self.shared, manifest.round_index, payloads)
-        context = Context(manifest.round_index, out_d=self._next_theta_d, threads=self.threads)
+        landing = Landing(
+            self.outer,
+            self.theta_d,
+            self.momentum_d,
+            self._next_theta_d,
+            theta_out_d=self._next_theta_d,
+            momentum_out_d=self._next_momentum_d,
+        )
+        # A shared state is advanced by the whole update, which the outer step writes over.
+        finish = None if self._shapes else landing
+        context = Context(manifest.round_index, out_d=self._next_theta_d, threads=self.threads, finish=finish)
         try:
             weight_n = self.weights.weigh([Claim(item.steps, item.tokens) for item in items])
             aggregate = self.rule.rule(rows, weight_n, f=self.rule.f, context=context)
         except TooFewPeers:
             self._stand_still()
             return {}, {"too_few_payloads": 1.0}
-        numbers = dict(aggregate.certificate)
-        numbers["update_norm"] = norm(aggregate.update_d, threads=self.threads)
-        if self.momentum_d is not None:
-            numbers["momentum_gain"] = momentum_gain(self.outer.momentum, self.momentum_d, aggregate.update_d)
-        self.outer.step(
-            self.theta_d,
-            self.momentum_d,
-            aggregate.update_d,
-            theta_out_d=self._next_theta_d,
-            momentum_out_d=self._next_momentum_d,
-            threads=self.threads,
-        )
+        self._advance(aggregate.update_d, manifest.round_index)
+        numbers = aggregate.certificate | landing.end(self.threads)
         return dict(zip((item.peer_id for item in items), aggregate.verdicts, strict=True)), numbers
 
+    def _advance(self, update_d: Tensor, round_index: int) -> None:
+        """Move the shared codec state on trial, while the update is still whole: the outer step writes over it."""
+        if self._shapes:
+            self._next_shared = self.codec.advance(self.shared, update_d, round_index)
+            self._next_shared_d = shared_vector(self.codec, self._next_shared, self._shapes)
+
     def _stand_still(self) -> None:
+        self._next_shared, self._next_shared_d = self.shared, self._shared_d
         self._next_theta_d.copy_(self.theta_d)
         if self._next_momentum_d is not None and self.momentum_d is not None:
             self._next_momentum_d.copy_(self.momentum_d)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 from farflung.node.blob_sources import BlobSource, PartialBlob
+from farflung.node.meter import Meter
 from farflung.node.runtime import DIGEST_LIST, Clock, Holding
 from farflung.protocol import limits
 from farflung.protocol.blob import BlobRef
@@ -64,6 +65,8 @@ class Shelf:
         self._items: dict[bytes, _Item] = {}
         self._watchers: dict[_Watcher, None] = {}
         self._stopped = False
+        self.sending = Meter()
+        """How fast chunks leave."""
 
     def offer(self, source: BlobSource) -> None:
         """Serve a whole blob from now on; a partial one of that digest is replaced."""
@@ -154,7 +157,13 @@ class Shelf:
         if not chunks:
             yield DIGEST_LIST, b"".join(item.digests)
         for index in chunks:
-            yield index, await self._read_chunk(digest, index)
+            data = await self._read_chunk(digest, index)
+            self.sending.begin(self._clock.now_s())
+            try:
+                yield index, data  # comes back when the line has room for the next one
+                self.sending.moved(len(data))
+            finally:
+                self.sending.end(self._clock.now_s())
 
     async def _read_chunk(self, digest: bytes, index: int) -> bytes:
         item = self._items.get(digest)

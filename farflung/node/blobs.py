@@ -22,6 +22,7 @@ from farflung.node.blob_sources import (
     read_all,
 )
 from farflung.node.blob_state import Call, Download
+from farflung.node.meter import Meter
 from farflung.node.runtime import Clock, Holding, Transport
 from farflung.node.streams import closing
 from farflung.protocol import limits
@@ -100,6 +101,7 @@ class BlobExchange:
         self._pump: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
         self._stopped = False
+        self._receiving = Meter()
 
     async def start(self) -> None:
         """Nothing runs until something is wanted; `fetch` may be called at once."""
@@ -130,6 +132,14 @@ class BlobExchange:
     def on_fetch(self, run_id: bytes, digest: bytes, chunks: Sequence[int]) -> AsyncIterator[tuple[int, bytes]]:
         """See `runtime.Service`."""
         return self._shelf.read(digest, chunks)
+
+    def take_speeds_bps(self) -> tuple[float, float]:
+        """Bits per second that chunks left and arrived with, while any did, since this was last asked; 0: never yet.
+
+        Others' lines and this member's both show: a slow origin makes arrivals slow.
+        """
+        now_s = self._clock.now_s()
+        return self._shelf.sending.take_bps(now_s), self._receiving.take_bps(now_s)
 
     # -- getting -----------------------------------------------------------------------------------------------------
 
@@ -313,10 +323,12 @@ class BlobExchange:
     async def _run_call(self, call: Call) -> None:
         plan, download, peer = self._plan, call.download, call.peer
         record = plan.peers[peer].record
+        self._receiving.begin(self._clock.now_s())
         try:
             stream = self._transport.fetch(record, download.ref, call.asked, idle_s=plan.idle_s(call))
             async with closing(stream):
                 async for index, data in stream:
+                    self._receiving.moved(len(data))
                     self._take(call, index, data)
         except _Lied:
             pass
@@ -331,6 +343,7 @@ class BlobExchange:
             if wanted is not None and not wanted.complete.done():
                 wanted.complete.set_exception(error)
         finally:
+            self._receiving.end(self._clock.now_s())
             plan.ended(call)
             del self._calls[call]
             self._poke()

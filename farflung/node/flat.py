@@ -107,16 +107,19 @@ def difference_into(out_d: Float[Tensor, " d"], start_d: Float[Tensor, " d"], mo
             torch.sub(before, difference, out=difference)
 
 
-def shift_parameters(model: nn.Module, new_d: Float[Tensor, " d"], old_d: Float[Tensor, " d"]) -> None:
-    """φ ← (φ − old) + new: move to another anchor and keep the local progress made since the old one.
+def shift_parameters(
+    model: nn.Module, new_d: Float[Tensor, " d"], old_d: Float[Tensor, " d"], ahead_d: Float[Tensor, " d"] | None = None
+) -> None:
+    """φ ← (φ − old) + new − ahead: move to another start and keep the local progress made since the old one.
 
     Computed in fp32 and rounded once to each parameter's dtype. Scratch memory: one window, if not fp32 on the CPU.
     """
     for flat, start, stop in _windows(_parts(model, new_d)):
-        if _is_plain(flat):
-            flat.sub_(old_d[start:stop].view(flat.shape)).add_(new_d[start:stop].view(flat.shape))
-        else:
-            moved = _as_fp32(flat).sub_(old_d[start:stop].view(flat.shape)).add_(new_d[start:stop].view(flat.shape))
+        moved = flat if _is_plain(flat) else _as_fp32(flat)
+        moved.sub_(old_d[start:stop].view(flat.shape)).add_(new_d[start:stop].view(flat.shape))
+        if ahead_d is not None:
+            moved.sub_(ahead_d[start:stop].view(flat.shape))
+        if moved is not flat:
             flat.copy_(moved)
 
 

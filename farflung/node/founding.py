@@ -6,9 +6,9 @@ import secrets
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
 from farflung.aggregation.outer import parse_outer
+from farflung.compression import parse_codec
+from farflung.node.anchor import first_buffers
 from farflung.node.directory import parse_door
 from farflung.node.run_file import RunFile, make_genesis
 from farflung.node.store import Home
@@ -47,12 +47,9 @@ def found_run(run: RunFile, home: Home, *, listen: str = "0.0.0.0:0", announce: 
     invite = Invite(genesis.run_id, tuple(f"{identity.peer_id}@{address}" for address in addresses), secret=secret)
     with home.run(genesis.run_id) as store:
         store.write_genesis(genesis.canonical_bytes)
-        store.write_snapshot(0, theta_d, _first_buffers(genesis, theta_d))
+        buffers = first_buffers(parse_outer(genesis.outer), parse_codec(genesis.codec), genesis.schema)
+        store.write_snapshot(0, theta_d, buffers)
         store.append_certificate(0, certify_first(genesis, identity.sign).canonical_bytes)
         store.write_invite(str(invite))
         store.write_port(port)
         return Founded(genesis, invite, store.directory, f"{host}:{port}")
-
-
-def _first_buffers(genesis: Genesis, theta_d: torch.Tensor) -> dict[str, torch.Tensor]:
-    return {"momentum": torch.zeros_like(theta_d)} if parse_outer(genesis.outer).state_buffers else {}

@@ -143,6 +143,8 @@ class CertificateLog:
 class Journal:
     """What this member said in the current round: promises, votes, its own announcement.
 
+    `announced` is the latest earlier round in which it announced a payload (0: none), as its first entry says: what is
+    left of an older update is worth nothing any more.
     `round_index` is None before the first `reset`. A journal of a round that already has its certificate is one that
     a crash kept from being reset.
     """
@@ -164,11 +166,20 @@ class Journal:
     @property
     def round_index(self) -> int | None:
         """The round these entries belong to."""
-        return int.from_bytes(self._log[0][len(_JOURNAL) :], "big") if len(self._log) else None
+        return self._number(0) if len(self._log) else None
 
-    def reset(self, round_index: int) -> None:
+    @property
+    def announced(self) -> int:
+        """The latest round before this one in which a payload was announced; 0: none, or an older version's journal."""
+        return self._number(1) if len(self._log) else 0
+
+    def _number(self, position: int) -> int:
+        start = len(_JOURNAL) + 8 * position
+        return int.from_bytes(self._log[0][start : start + 8], "big")
+
+    def reset(self, round_index: int, announced: int = 0) -> None:
         """Begin a round: the old entries and the new, empty journal change places in one rename."""
-        replace_file(self._path, frame(_JOURNAL + round_index.to_bytes(8, "big")))
+        replace_file(self._path, frame(_JOURNAL + round_index.to_bytes(8, "big") + announced.to_bytes(8, "big")))
         self._log.close()
         self._log = FrameLog(self._path)
 

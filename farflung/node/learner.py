@@ -2,14 +2,16 @@
 
 `Swarm` waits in a training thread; the simulator waits in virtual time. Both are this, told what to do by notices. One
 vector of length d is kept here: φ_start while training, and the pseudo-gradient Δ = φ_start − φ from the end of the
-local phase until the next anchor is adopted.
+local phase until the next anchor is adopted. φ_start is what the model really held: after rounding to its dtypes, and
+ahead of θ by the member's own unsent progress where the codec says so (DESIGN §3).
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -87,9 +89,9 @@ class Learner:
     def obey(self, notice: Notice) -> None:
         """Do what the node says. Raises the error that ended it, if one did."""
         match notice:
-            case Adopt(view, keep):
+            case Adopt(view, keep, ahead_d):
                 if self._view is None or view.round_index > self._view.round_index:
-                    self._adopt(view, keep=keep)
+                    self._adopt(view, ahead_d, keep=keep)
             case Hurry(round_index):
                 if round_index == self.round_index and not self._sent and self._steps > 0:
                     self._due = self._steps
@@ -98,25 +100,45 @@ class Learner:
                 if error is not None:
                     raise error
 
-    def _adopt(self, view: RoundView, *, keep: bool) -> None:
+    def _adopt(self, view: RoundView, ahead_d: torch.Tensor | None, *, keep: bool) -> None:
         """Take the new anchor into the model: plainly, or keeping what the others have not got."""
-        first = self._view is None
+        plainly = self._view is None or not keep
         with self._anchor.lock:
             theta_d = self._anchor.theta_d
-            if first or not keep:
-                if adopt(self._model, theta_d, self._start_d) is theta_d:
-                    self._start_d.copy_(theta_d)
-            elif self._sent:
-                # Δ = θ_old − φ was not sent: φ ← θ_new − Δ.
+            if not plainly and self._sent:  # Δ = φ_start − φ was not sent: φ ← new start − Δ
                 torch.sub(theta_d, self._start_d, out=self._start_d)
+                if ahead_d is not None:
+                    self._start_d.sub_(ahead_d)
                 write_parameters(self._model, self._start_d)
+            elif not plainly:
+                shift_parameters(self._model, theta_d, self._start_d, ahead_d)
+            if ahead_d is None:
                 self._start_d.copy_(theta_d)
             else:
-                shift_parameters(self._model, theta_d, self._start_d)
-                self._start_d.copy_(theta_d)
-        if first or not keep:
+                torch.sub(theta_d, ahead_d, out=self._start_d)
+        if plainly:
+            adopt(self._model, self._start_d, self._start_d)
             self._steps = self._tokens = 0
         self._view, self._sent, self._due = view, False, self._genesis.inner_steps
         self._began_s = self._now_s()
         if self._on_adopt is not None:
             self._on_adopt(view)
+
+    @contextmanager
+    def at_anchor(self) -> Iterator[bool]:
+        """In this block the model holds θ, if it stands at the start of a local phase; yields whether it does.
+
+        With a codec that looks ahead the start is not θ: the model then gets θ, and afterwards what it held.
+        """
+        moved, there = False, self._view is not None and self._steps == 0 and not self._sent
+        if there:
+            with self._anchor.lock:
+                there = self._anchor.round_index == self.round_index - 1  # or the next one is there already
+                moved = there and not torch.equal(self._start_d, self._anchor.theta_d)
+                if moved:
+                    write_parameters(self._model, self._anchor.theta_d)
+        try:
+            yield there
+        finally:
+            if moved:
+                write_parameters(self._model, self._start_d)

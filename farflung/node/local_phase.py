@@ -7,13 +7,16 @@ state, and training adopts the new anchor plainly; what was not stays in the par
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Mapping
 
 from farflung.aggregation.outer import norm
+from farflung.compression.codec import Link
 from farflung.node.anchor import Anchor
 from farflung.node.audit import Audit
 from farflung.node.blobs import BlobSource
 from farflung.node.data import RoundView
+from farflung.node.entries import decode_entry
 from farflung.node.mailbox import Adopt, Hurry, LocalResult, Mailbox, Stop
 from farflung.node.runtime import Clock
 from farflung.node.screen import Screen
@@ -26,6 +29,11 @@ from farflung.protocol.manifest import Manifest
 from farflung.protocol.phase import Phase
 from farflung.protocol.round import RoundMachine
 from farflung.protocol.rows import Reason, Verdict
+from farflung.protocol.statements import Announcement
+
+SAVE_SHARE = 20
+"""Saving the codec's private state may take one part in this of the time. With rounds of minutes every round's is
+saved; a crash between two saves costs what error feedback held."""
 
 
 class LocalPhase:
@@ -55,15 +63,58 @@ class LocalPhase:
         """The latest round in which this was done."""
         self._unsettled = 0
         """The round in which something was announced whose fate is not known yet; 0: none."""
+        self.announced = 0
+        """The latest round in which a payload was announced, in this life or before: the journal keeps it."""
+        self._encoded = self._saved = 0
+        """The round whose encoding left `private` behind, and that of the copy on disk."""
+        self._save_after_s = -math.inf
+        self._private_lock = threading.Lock()
+        """Held while `private` is encoded into or saved."""
+
+    # -- over restarts ------------------------------------------------------------------------------------------------
 
     def restore(self) -> None:
-        """Take the error feedback back from disk, where the last encoding left it."""
+        """Take the error feedback back from disk, if it is that of the last announcement or a later one.
+
+        An older one holds what has been sent since: it is dropped, as if its rest had been forfeited.
+        """
         codec, schema = self._anchor.codec, self._anchor.schema
+        self.announced = _last_announced(self._store)
         saved, problem = self._store.read_local()
         if problem:
             self._audit.note(f"own state: {problem}", round_index=self._anchor.round_index)
-        if saved is not None and saved.meta.get("codec") == codec.spec:
-            self.private = codec.restore_private(schema, saved.tensors)
+        if saved is None or saved.meta.get("codec") != codec.spec:
+            return
+        of_round = int(saved.meta["round"])
+        if of_round < self.announced:
+            why = f"of round {of_round}, but a payload was announced in {self.announced}"
+            self._audit.note(f"own state: {why}; error feedback starts anew", round_index=self._anchor.round_index)
+            return
+        self.private, self._encoded, self._saved = codec.restore_private(schema, saved.tensors), of_round, of_round
+
+    def wants_saving(self, now_s: float) -> bool:
+        """Whether what the last encoding left behind is settled, not on disk, and enough time has passed.
+
+        If so, the caller calls `save`.
+        """
+        settled = self._speaking is None and not self._unsettled
+        wanted = settled and self._encoded > self._saved and now_s >= self._save_after_s
+        if not wanted or not self._anchor.codec.private_tensors(self.private):
+            return False
+        self._save_after_s = math.inf
+        return True
+
+    def save(self) -> None:
+        """Put the error feedback on disk. For a thread: it is read until this returns, and `encode` waits for it.
+
+        Nothing else changes it meanwhile: what becomes of an update is only told after it was encoded.
+        """
+        codec = self._anchor.codec
+        with self._private_lock:
+            tensors, encoded, began_s = codec.private_tensors(self.private), self._encoded, self._clock.now_s()
+            self._store.write_local(tensors, {"codec": codec.spec, "round": encoded})
+            now_s = self._clock.now_s()
+            self._saved, self._save_after_s = encoded, now_s + SAVE_SHARE * (now_s - began_s)
 
     # -- towards the others -------------------------------------------------------------------------------------------
 
@@ -74,21 +125,23 @@ class LocalPhase:
         self._speaking = result
         return True
 
-    def encode(self, result: LocalResult) -> tuple[BlobRef | None, BlobSource | None]:
-        """Put the payload and the error feedback it leaves behind on disk. None: the update is wild, abstain."""
+    def encode(self, result: LocalResult, link: Link) -> tuple[BlobRef | None, BlobSource | None]:
+        """Encode and put the payload on disk. None: the update is wild, abstain.
+
+        The error feedback it leaves behind follows when there is time (`save`).
+        """
         why = self._refuse(result)
         self._wild = why is not None
         if why is not None:
             self._audit.note(f"abstains: {why}", round_index=result.round_index)
             return None, None
         codec, shared = self._anchor.codec, self._anchor.shared
-        payload, self.private = codec.encode(result.delta_d, self.private, shared, result.round_index)
+        with self._private_lock:
+            tuned = codec.tune(self.private, link)
+            payload, self.private = codec.encode(result.delta_d, tuned, shared, result.round_index)
+            self._encoded = result.round_index
         ref, digests = describe(payload)
-        source = self._store.put(payload, ref, digests)
-        tensors = codec.private_tensors(self.private)
-        if tensors:
-            self._store.write_local(tensors, {"codec": codec.spec, "round": result.round_index})
-        return ref, source
+        return ref, self._store.put(payload, ref, digests)
 
     def _refuse(self, result: LocalResult) -> str | None:
         length = norm(result.delta_d, threads=self._anchor.threads)
@@ -103,6 +156,8 @@ class LocalPhase:
         result, self._speaking = self._speaking, None
         if result is not None and result.round_index == machine.round_index and machine.wants_steps:
             self._announced = self._unsettled = result.round_index
+            if self._encoded == result.round_index:
+                self.announced = self._encoded
             return True
         self._settle(Verdict(0.0, Reason.LATE))
         return False
@@ -138,7 +193,8 @@ class LocalPhase:
         """Tell training that there is an anchor to go on from, once this node is a member and training has begun."""
         over = machine.phase is Phase.DONE
         if over or (machine.wants_steps and self._speaking is None):
-            self._mailbox.post(Adopt(self._view(machine), keep=self._keep))
+            ahead_d = None if over else self._anchor.codec.ahead(self.private)  # a run ends with the model at θ
+            self._mailbox.post(Adopt(self._view(machine), keep=self._keep, ahead_d=ahead_d))
             self._keep = True
         if over:
             self._mailbox.post(Stop())
@@ -156,3 +212,12 @@ class LocalPhase:
         parent = machine.parent
         members, run_id = tuple(parent.member_of), self._genesis.run_id
         return RoundView(run_id, machine.round_index, parent.digest, self._me, members, parent.trained)
+
+
+def _last_announced(store: RunStore) -> int:
+    """The latest round in which a payload was announced, as the journal knows; 0: none."""
+    journal = store.journal
+    for kind, value in (decode_entry(*entry) for entry in journal.read()):
+        if kind == "own" and isinstance(value, Announcement) and value.payload is not None:
+            return journal.round_index or 0
+    return journal.announced

@@ -25,10 +25,15 @@ class LocalResult:
 
 @dataclass(frozen=True, slots=True)
 class Adopt:
-    """To training: there is a new anchor. `keep`: what was not sent stays in the parameters (DESIGN §3)."""
+    """To training: there is a new anchor. `keep`: what was not sent stays in the parameters (DESIGN §3).
+
+    `ahead_d`: start from θ − ahead instead of θ (`Codec.ahead`). It is a view of the codec's private state, lent until
+    training hands over the result of this very round: nothing is encoded, and so nothing changes it, before that.
+    """
 
     view: RoundView
     keep: bool
+    ahead_d: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from farflung.aggregation.outer import parse_outer
 from farflung.aggregation.registry import parse_rule
 from farflung.aggregation.weights import parse_weights
 from farflung.compression import parse_codec
+from farflung.node.anchor import first_buffers
 from farflung.node.flat import read_parameters, schema_of
 from farflung.node.state_sync import first_state
 from farflung.node.tasks.load import describe_task, load_task
@@ -113,17 +114,17 @@ def make_genesis(run: RunFile, founder: bytes, secret: bytes) -> tuple[Genesis, 
     schema = schema_of(model)
     theta_d = torch.empty(schema.numel)
     read_parameters(model, theta_d)
-    outer = parse_outer(run.outer)
+    outer, codec = parse_outer(run.outer), parse_codec(run.codec)
     described = describe_task(run.task, run.task_options, task=task)
     digest = getattr(task, "data_digest", None)
     genesis = Genesis(
         name=run.name,
         founder=founder,
-        state_digest=first_state(theta_d, outer.state_buffers)[0].digest,
+        state_digest=first_state(theta_d, first_buffers(outer, codec, schema))[0].digest,
         schema=schema,
         task=described["name"],
         task_options=described["options"],
-        codec=parse_codec(run.codec).spec,
+        codec=codec.spec,
         rule=parse_rule(run.rule).spec,
         outer=outer.spec,
         weights=parse_weights(run.weights).spec,

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+from farflung.compression.codec import Link
 from farflung.node.anchor import Anchor
 from farflung.node.audit import Audit
 from farflung.node.blobs import BlobExchange
@@ -50,7 +52,7 @@ from farflung.protocol.effects import (
     Staged,
     Tick,
 )
-from farflung.protocol.errors import FarflungError, LocalError, PeerError
+from farflung.protocol.errors import ConfigError, FarflungError, LocalError, PeerError
 from farflung.protocol.genesis import Genesis
 from farflung.protocol.identity import Identity, PeerId
 from farflung.protocol.manifest import Manifest
@@ -176,7 +178,8 @@ class Node:
     def local_result(self, result: LocalResult) -> None:
         """From training: the local phase of a round is over. Answered by a notice in the mailbox."""
         if self.machine is not None and self.local.accepts(result, self.machine):
-            self._spawn(self._speak(result, self.machine.slot), f"encode {result.round_index}")
+            members = len(self.machine.parent.member_of)
+            self._spawn(self._speak(result, self.machine.slot, members), f"encode {result.round_index}")
 
     def receive(self, envelope: bytes) -> None:
         """A control message from the network: checked here, believed or not by the machine. Raises PeerError."""
@@ -197,6 +200,11 @@ class Node:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await self.outbox.stop()
+        if self.local.wants_saving(math.inf):
+            try:
+                await self._in_thread(self.local.save)
+            except ConfigError as error:  # a full disk: what ended this node is worth more than what is lost
+                self.parts.audit.note(f"own state could not be saved: {error}", round_index=self._round)
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     async def _enter(self, tip: Certificate) -> None:
@@ -213,7 +221,7 @@ class Node:
         machine.recent_tips.extendleft(self._earlier_tips(tip))
         journal = self.store.journal
         if journal.round_index != machine.round_index:
-            self.store.begin_round(machine.round_index)
+            self.store.begin_round(machine.round_index, self.local.announced)
         self.machine = machine
         self._forget_fetches()  # a new machine asks again for what it needs to hold
         self.parts.peers.wanted = self._audience
@@ -302,9 +310,10 @@ class Node:
             self._left.set()
         self.local.hurry(machine)
 
-    async def _speak(self, result: LocalResult, slot: Slot) -> None:
+    async def _speak(self, result: LocalResult, slot: Slot, members: int) -> None:
         """Encode, put on disk, announce; or abstain."""
-        ref, source = await self._in_thread(self.local.encode, result)
+        link = Link(*self.parts.exchange.take_speeds_bps(), result.train_s, members)
+        ref, source = await self._in_thread(self.local.encode, result, link)
         if source is not None:
             self.parts.exchange.offer(source)
         self.parts.audit.spoke(result, ref)
@@ -322,7 +331,7 @@ class Node:
             self._fetching[ref.digest] = task
 
     async def _get_payload(self, announcement: Announcement, ref: BlobRef) -> None:
-        peer, round_index = announcement.peer_id, self._round
+        peer, round_index, shared = announcement.peer_id, self._round, self.anchor.shared
         while self.store.blob(ref.digest) is None:
             members = self.parts.peers.members
             try:
@@ -340,7 +349,7 @@ class Node:
         self.parts.exchange.offer(held)
         codec, schema = self.anchor.codec, self.anchor.schema
         try:
-            await self._in_thread(lambda: codec.check(bytes(held.map()), schema, self.anchor.shared, round_index))
+            await self._in_thread(lambda: codec.check(bytes(held.map()), schema, shared, round_index))
         except PeerError as error:
             self.parts.audit.refused(peer.short, f"payload {ref.short}: {error.why}", round_index=round_index)
             await self._inbox.put(Refused(ref.digest, error.why))
@@ -362,13 +371,15 @@ class Node:
     async def _apply(self, certificate: Certificate) -> None:
         manifest = certificate.manifest
         await self._in_thread(self.store.append_certificate, manifest.round_index, certificate.canonical_bytes)
-        await self._in_thread(self.store.begin_round, manifest.round_index + 1)
+        await self._in_thread(self.store.begin_round, manifest.round_index + 1, self.local.announced)
         trial = self.anchor.commit(manifest.digest)
         counted = self.local.judge(manifest, trial.verdicts)
         self.parts.audit.certified(certificate, trial, counted=counted)
         self._forget_fetches()
         if manifest.round_index % self.genesis.snapshot_rounds == 0 or manifest.trained == self.genesis.rounds:
             self._snapshot = self._spawn(self._take_snapshot(manifest.round_index), "snapshot")
+        if self.local.wants_saving(self.clock.now_s()):
+            self._spawn(self._in_thread(self.local.save), "save own state")
 
     def _forget_fetches(self) -> None:
         for task in self._fetching.values():

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
 from farflung.compression.codec import Codec
@@ -264,7 +263,7 @@ class StateSync:
                 if first < last:
                     view[first:last] = data[first + offset - start : last + offset - start]
                 offset += len(view)
-        self.anchor.round_index = round_index
+        self.anchor.loaded(round_index)
         self.store.write_snapshot(round_index, self.anchor.theta_d, self.anchor.buffers)
 
     # -- replaying ----------------------------------------------------------------------------------------------------
@@ -355,7 +354,6 @@ def payload_bytes_max(codec: Codec, schema: Schema) -> int:
     return int(codec.bits(schema) * schema.numel / 8) + limits.PAYLOAD_OVERHEAD_BYTES
 
 
-def first_state(theta_d: torch.Tensor, state_buffers: int) -> tuple[BlobRef, list[bytes]]:
-    """The state every member starts from: θ₀ and zero outer buffers."""
-    zeros = np.zeros(theta_d.numel(), np.float32)
-    return state_digests([theta_d.numpy(), *[zeros] * state_buffers])
+def first_state(theta_d: torch.Tensor, buffers: Mapping[str, torch.Tensor]) -> tuple[BlobRef, list[bytes]]:
+    """The state every member starts from: θ₀ and the first buffers (`anchor.first_buffers`)."""
+    return state_digests([theta_d.numpy(), *(buffer.numpy() for buffer in buffers.values())])

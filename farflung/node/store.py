@@ -195,11 +195,14 @@ class RunStore:
         """A round's certificate, if it is here."""
         return self.certificates.certificate(round_index)
 
-    def begin_round(self, round_index: int) -> None:
-        """Start a new journal. Raises LocalError before the certificate of the round before is on the disk."""
+    def begin_round(self, round_index: int, announced: int = 0) -> None:
+        """Start a new journal. Raises LocalError before the certificate of the round before is on the disk.
+
+        `announced`: the latest round in which this member announced a payload; 0: none.
+        """
         if round_index > self.certificates.next_round:
             raise LocalError(f"a journal of round {round_index} after certificate {self.certificates.next_round - 1}")
-        self.journal.reset(round_index)
+        self.journal.reset(round_index, announced)
 
     def partial(self, ref: BlobRef, digests: Sequence[bytes]) -> PartialFile:
         """Begin to receive a blob, or resume."""

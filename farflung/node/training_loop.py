@@ -114,10 +114,16 @@ class TrainingLoop:
             self._say(finished)
 
     def evaluate(self, round_index: int) -> None:
-        """Measure θ after a round, if the task can and the model holds θ; the inner state is left as it is."""
+        """Measure θ after a round, if the task can and the model stands there; the inner state is left as it is."""
         evaluate = getattr(self.task, "evaluate", None)
-        if callable(evaluate) and self._holds_anchor():
+        if not callable(evaluate):
+            return
+        if self._holds_anchor():
             self.progress.note_validation(round_index, float(evaluate(self.model)))
+        elif self.swarm is not None:  # perhaps the codec looks ahead
+            with self.swarm.at_anchor() as there:
+                if there:
+                    self.progress.note_validation(round_index, float(evaluate(self.model)))
 
     def _holds_anchor(self) -> bool:
         """Not after a round that came without this member's update: then the model is ahead of θ by that update."""

@@ -10,11 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from farflung.aggregation.outer import parse_outer
 from farflung.compression import parse_codec
-from farflung.node.anchor import Trial
+from farflung.node.anchor import Trial, first_buffers
 from farflung.node.data import RoundView, Sharder
 from farflung.node.flat import schema_of, write_parameters
 from farflung.node.run_file import RunFile, make_genesis
@@ -128,8 +126,7 @@ class Training:
 
     def _begin(self, founder: Identity) -> Genesis0:
         genesis, theta_d = make_genesis(self._run_file(), founder.public_key, SECRET)
-        buffers = parse_outer(genesis.outer).state_buffers
-        return genesis, theta_d, {"momentum": torch.zeros_like(theta_d)} if buffers else {}
+        return genesis, theta_d, first_buffers(parse_outer(genesis.outer), parse_codec(genesis.codec), genesis.schema)
 
     def _run_file(self) -> RunFile:
         scenario, run = self.scenario, self.scenario.run

@@ -37,6 +37,7 @@ def test_compiled_kernels_equal_their_references(seed, random_rows, sum_w):
         ("add_four", sum_w, a, b, c, d, torch.tensor([1 / 3, 7.0, 1e-9, 12345.678], dtype=torch.float64)),
         ("add_sparse", sum_w, *sparse, 1 / 7),
         ("divide", a, sum_w, 3.7),
+        ("divide_sparse", a, torch.where(c > 0, sum_w, 0.0), index_k, 3.7),
         ("all_finite", a),
         ("load_dense", b, a),
         ("load_sparse", b, *sparse),

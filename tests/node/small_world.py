@@ -19,6 +19,7 @@ from farflung.aggregation.outer import parse_outer
 from farflung.aggregation.registry import parse_rule
 from farflung.aggregation.weights import parse_weights
 from farflung.compression import parse_codec
+from farflung.node.anchor import first_buffers
 from farflung.node.answers import Answers
 from farflung.node.assembly import make_anchor
 from farflung.node.audit import Audit
@@ -137,6 +138,9 @@ class FakeExchange:
     def forget(self, digest) -> None:
         self.sources.pop(digest, None)
 
+    def take_speeds_bps(self) -> tuple[float, float]:
+        return 0.0, 0.0
+
     async def fetch(self, ref, *, origin, peers, deadline_s=None):
         while True:
             for record in peers():
@@ -185,7 +189,7 @@ class SmallWorld:
         settings["outer"] = parse_outer(settings["outer"]).spec
         settings["rule"] = parse_rule(settings["rule"]).spec
         settings["weights"] = parse_weights(settings["weights"]).spec
-        buffers = parse_outer(settings["outer"]).state_buffers
+        buffers = first_buffers(parse_outer(settings["outer"]), parse_codec(settings["codec"]), schema)
         self.genesis = Genesis(
             name="small",
             founder=self.founder.identity.public_key,
@@ -198,7 +202,7 @@ class SmallWorld:
             store.write_genesis(self.genesis.canonical_bytes)
             first = certify_first(self.genesis, self.founder.identity.sign)
             store.append_certificate(0, first.canonical_bytes)
-            store.write_snapshot(0, theta, {"momentum": torch.zeros_like(theta)} if buffers else {})
+            store.write_snapshot(0, theta, buffers)
 
     def join(
         self,

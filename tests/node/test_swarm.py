@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import statistics
 import subprocess
 import sys
@@ -16,15 +17,19 @@ import torch
 from small_world import Player, SmallWorld, eventually
 from torch import nn
 
+from farflung.compression.codec import Link
 from farflung.node.assembly import make_anchor
 from farflung.node.audit import Audit
 from farflung.node.data import RoundView
+from farflung.node.entries import encode_entry
 from farflung.node.flat import read_parameters, schema_of
-from farflung.node.local_phase import LocalPhase
+from farflung.node.local_phase import SAVE_SHARE, LocalPhase
 from farflung.node.mailbox import Adopt, Hurry, LocalResult, Mailbox, Stop
 from farflung.node.runtime import SystemClock
 from farflung.node.swarm import Swarm
+from farflung.protocol.blob import BlobRef
 from farflung.protocol.certificate import decode_certificate
+from farflung.protocol.effects import Persist
 from farflung.protocol.errors import ConfigError
 from farflung.protocol.identity import PeerId
 from farflung.protocol.phase import Self
@@ -211,6 +216,9 @@ def delta_of(amount: float = 0.01) -> torch.Tensor:
     return torch.linspace(-1, 1, d).sin() * amount
 
 
+LINK = Link(0.0, 0.0, 0.1, 1)
+
+
 def result_of(delta_d: torch.Tensor, round_index: int = 1) -> LocalResult:
     return LocalResult(round_index, delta_d, 3, 30, 1.0, 0.1)
 
@@ -241,7 +249,7 @@ def test_with_error_feedback_an_encoded_update_is_never_also_in_the_parameters(p
     phase, machine, mailbox = phase_of("ef(1)|q2")
     delta_d = delta_of()
     assert phase.accepts(result_of(delta_d), machine)
-    _, source = phase.encode(result_of(delta_d))
+    _, source = phase.encode(result_of(delta_d), LINK)
     left_d = delta_d - sent_part(phase, source)
     assert torch.allclose(phase.private.error_d, left_d, rtol=0, atol=1e-8)
     assert left_d.norm() > 0
@@ -256,7 +264,7 @@ def test_with_error_feedback_an_encoded_update_is_never_also_in_the_parameters(p
 def test_a_payload_that_is_ready_too_late_is_kept_once(phase_of, codec, kept):
     phase, machine, mailbox = phase_of(codec)
     assert phase.accepts(result_of(delta_of()), machine)
-    phase.encode(result_of(delta_of()))
+    phase.encode(result_of(delta_of()), LINK)
     machine.phase = machine.phase.__class__.APPLYING  # the certificate came first
     assert not phase.hand_over(machine)
     machine.phase = machine.phase.__class__.TRAINING
@@ -268,12 +276,12 @@ def test_a_payload_that_is_ready_too_late_is_kept_once(phase_of, codec, kept):
 def test_a_wild_update_is_an_abstention_that_keeps_the_error_feedback(phase_of, codec, bad):
     phase, machine, mailbox = phase_of(codec)
     phase.accepts(result_of(delta_of()), machine)
-    phase.encode(result_of(delta_of()))
+    phase.encode(result_of(delta_of()), LINK)
     before = {name: tensor.clone() for name, tensor in phase._anchor.codec.private_tensors(phase.private).items()}
     wild_d = delta_of()
     wild_d[3] = bad
     phase.accepts(result_of(wild_d), machine)
-    assert phase.encode(result_of(wild_d)) == (None, None)
+    assert phase.encode(result_of(wild_d), LINK) == (None, None)
     after = phase._anchor.codec.private_tensors(phase.private)
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert phase.hand_over(machine)
@@ -287,7 +295,7 @@ def test_a_wild_update_that_is_also_late_does_not_stay_in_the_model(phase_of, co
     wild_d = delta_of()
     wild_d[0] = float("nan")
     phase.accepts(result_of(wild_d), machine)
-    assert phase.encode(result_of(wild_d)) == (None, None)
+    assert phase.encode(result_of(wild_d), LINK) == (None, None)
     machine.phase = machine.phase.__class__.APPLYING
     assert not phase.hand_over(machine)
     machine.phase = machine.phase.__class__.TRAINING
@@ -297,18 +305,93 @@ def test_a_wild_update_that_is_also_late_does_not_stay_in_the_model(phase_of, co
 def test_an_error_feedback_survives_a_restart(phase_of):
     phase, machine, _ = phase_of("ef(1)|q2")
     phase.accepts(result_of(delta_of()), machine)
-    phase.encode(result_of(delta_of()))
+    phase.encode(result_of(delta_of()), LINK)
     error_d = phase.private.error_d.clone()
+    phase.save()
     again = LocalPhase(phase._genesis, phase._store, phase._anchor, phase._clock, Mailbox(), phase._audit, phase._me)
     assert not again.private.error_d.any()
     again.restore()
     assert torch.equal(again.private.error_d, error_d)
 
 
+def again_of(phase: LocalPhase) -> LocalPhase:
+    """The same member after a restart."""
+    fresh = LocalPhase(phase._genesis, phase._store, phase._anchor, phase._clock, Mailbox(), phase._audit, phase._me)
+    fresh.restore()
+    return fresh
+
+
+def announce(phase: LocalPhase, machine: RoundMachine, amount: float) -> None:
+    """Encode and announce in the present round; its row is kept."""
+    assert phase.accepts(result_of(delta_of(amount)), machine)
+    phase.encode(result_of(delta_of(amount)), LINK)
+    assert phase.hand_over(machine)
+    phase._settle(Verdict(1.0, Reason.KEPT))
+
+
+def test_an_error_feedback_older_than_the_last_announcement_is_dropped(phase_of):
+    phase, machine, _ = phase_of("ef(1)|q2")
+    phase._store.begin_round(1, phase.announced)
+    announce(phase, machine, 0.01)
+    assert phase.announced == 1
+    phase.save()
+    saved_d = phase.private.error_d.clone()
+    assert torch.equal(again_of(phase).private.error_d, saved_d)
+    phase._store.journal.reset(2, phase.announced)
+    assert torch.equal(again_of(phase).private.error_d, saved_d), "the file is of the last announcement"
+    phase._encoded = phase.announced = 2  # as after a second announcement, before its save
+    phase._store.journal.reset(3, phase.announced)
+    assert not again_of(phase).private.error_d.any(), "what it holds has been sent since"
+    assert again_of(phase).announced == 2
+    phase.save()
+    assert torch.equal(again_of(phase).private.error_d, saved_d)
+
+
+def test_an_announcement_of_this_very_round_counts_though_only_the_journal_of_it_knows(phase_of):
+    phase, machine, _ = phase_of("ef(1)|q2")
+    phase._store.begin_round(1, 0)
+    announce(phase, machine, 0.01)
+    phase.save()
+    said = Announcement(machine.me.public_key, None, 0, 0).signed(machine.slot, machine.me.sign)
+    phase._store.journal.record("own", encode_entry(Persist("own", said)))
+    assert again_of(phase).announced == 0, "an abstention sends nothing"
+    payload = BlobRef(bytes(32), 1000, 1 << 14)
+    phase._saved = phase._encoded = 0
+    said = Announcement(machine.me.public_key, payload, 3, 30).signed(machine.slot, machine.me.sign)
+    phase._store.journal.record("own", encode_entry(Persist("own", said)))
+    assert again_of(phase).announced == 1
+    assert again_of(phase).private.error_d.any()
+
+
+def test_error_feedback_is_saved_only_when_its_fate_is_known_and_in_a_part_of_the_time(phase_of):
+    phase, machine, _ = phase_of("ef(1)|q2")
+    assert not phase.wants_saving(0.0), "nothing was encoded"
+    assert phase.accepts(result_of(delta_of()), machine)
+    phase.encode(result_of(delta_of()), LINK)
+    assert not phase.wants_saving(0.0), "it may still come too late"
+    assert phase.hand_over(machine)
+    assert not phase.wants_saving(0.0), "the rule may call it an anomaly"
+    phase._settle(Verdict(1.0, Reason.KEPT))
+    assert phase.wants_saving(0.0)
+    assert not phase.wants_saving(0.0), "once"
+    times = iter([10.0, 12.0])
+    phase._clock = SimpleNamespace(now_s=lambda: next(times))
+    phase.save()
+    phase._encoded += 1
+    assert not phase.wants_saving(12.0 + SAVE_SHARE * 2.0 - 0.1)
+    assert phase.wants_saving(12.0 + SAVE_SHARE * 2.0)
+
+
+def test_a_codec_without_error_feedback_is_never_saved(phase_of):
+    phase, machine, _ = phase_of("fp32")
+    announce(phase, machine, 0.01)
+    assert not phase.wants_saving(math.inf)
+
+
 def test_an_unlisted_announcement_counts_as_late(phase_of):
     phase, machine, mailbox = phase_of("fp32")
     phase.accepts(result_of(delta_of()), machine)
-    ref, _ = phase.encode(result_of(delta_of()))
+    ref, _ = phase.encode(result_of(delta_of()), LINK)
     assert phase.hand_over(machine)
     draft = machine.attendance.draft(machine.me.peer_id)
     assert ref is not None

@@ -70,11 +70,11 @@ def test_the_entropy_bound_is_the_one_counted_symbol_by_symbol():
         scales += 32
     share_s = np.unique(steps, return_counts=True)[1] / 5000
     expected = (scales - 5000 * (share_s * np.log2(share_s)).sum()) / 5000
-    assert bound_bits(codec, payload, schema, None, 0) == pytest.approx(expected)
+    assert bound_bits(codec, payload, schema, 0) == pytest.approx(expected)
     sparse = parse_codec("topk(16/1024)|fp32")
     payload, _ = sparse.encode(update_d[:1024], None, None, 0)
     one = Schema((TensorSpec("w", (1024,), "float32"),))
-    bound = bound_bits(sparse, payload, one, None, 0)
+    bound = bound_bits(sparse, payload, one, 0)
     assert bound == pytest.approx((16 * 32 + math.log2(math.comb(1024, 16))) / 1024)
 
 

@@ -82,6 +82,19 @@ def divide(out_w: F32, sum_w: F64, total: float) -> bool:
 
 
 @compiled
+def divide_sparse(out_w: F32, sum_w: F64, index_k: Integers, total: float) -> bool:
+    wild = 0
+    for k in range(len(index_k)):
+        index = index_k[k]
+        value = sum_w[index]
+        if value != 0:
+            wild += 0 if abs(value) <= FLOAT64_MAX else 1
+            out_w[index] = np.float32(value / total)
+            sum_w[index] = 0
+    return wild == 0
+
+
+@compiled
 def all_finite(value_w: F32) -> bool:
     wild = 0
     for j in range(len(value_w)):

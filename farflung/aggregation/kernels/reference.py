@@ -37,6 +37,16 @@ def divide(out_w: Tensor, sum_w: Tensor, total: float) -> bool:
     return bool(sum_w.isfinite().all())
 
 
+def divide_sparse(out_w: Tensor, sum_w: Tensor, index_k: Tensor, total: float) -> bool:
+    """`divide` at these indices only, where the sum is not zero; the sum is zero there afterwards."""
+    touched_k = index_k.long()
+    sum_k = sum_w[touched_k]
+    kept_k = touched_k[sum_k != 0]
+    out_w[kept_k] = (sum_w[kept_k] / total).float()
+    sum_w[touched_k] = 0
+    return bool(sum_k.isfinite().all())
+
+
 def all_finite(value_w: Tensor) -> bool:
     """Whether no value is infinite or NaN."""
     return bool(value_w.isfinite().all())

@@ -103,7 +103,7 @@ def measure(spec: str, updates: Updates, *, threads: int = 1, repeats: int = 5) 
         params=schema.numel,
         bits_per_parameter=8 * len(payload) / schema.numel,
         bits_declared=codec.bits(schema),
-        entropy_bits=bound_bits(codec, payload, schema, shared, now),
+        entropy_bits=bound_bits(codec, payload, schema, now),
         relative_error=_ratio((wanted_d - sent_d).norm(), wanted_d.norm()),
         cosine=_ratio(wanted_d @ sent_d, wanted_d.norm() * sent_d.norm()),
         encode_gb_s=gigabytes / encode_s,

@@ -3,34 +3,32 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from farflung.compression.codec import Codec
-from farflung.compression.scheme import Field, Piece, Scheme, payload_bytes, pieces, strides
+from farflung.compression.scheme import Field, Piece, Scheme, pieces, strides
 from farflung.protocol.schema import Schema
 
 Octets = NDArray[np.uint8]
 
 
-def bound_bits(codec: Codec, payload: bytes, schema: Schema, shared: Any, round_index: int) -> float | None:
+def bound_bits(codec: Codec, payload: bytes, schema: Schema, round_index: int) -> float | None:
     """Bits per parameter that a perfect coder of this payload's records needs; None if the codec has no records.
 
     Raw bytes (scales) count in full, an index list log2 C(limit, length), codes their zero-order entropy per payload.
     """
-    if codec.scheme is None or codec.records is None:
+    if codec.records is None:
         return None
-    scheme = codec.scheme.of(round_index)
-    records = np.frombuffer(codec.records(payload, schema, round_index), np.uint8)
-    if len(records) != payload_bytes(scheme, schema.numel):
-        return None
-    bits, counts = 0.0, {1: np.zeros(2), 2: np.zeros(4), 4: np.zeros(16), 8: np.zeros(256)}
-    for start, stop in strides(0, schema.numel):
-        for piece in pieces(scheme, records, start, stop):
-            bits += _piece_bits(scheme, piece, counts)
-    return (bits + sum(entropy(count_s) for count_s in counts.values())) / schema.numel
+    bits = 0.0
+    for scheme, octets, d in codec.records(payload, schema, round_index):
+        records, counts = np.frombuffer(octets, np.uint8), {width: np.zeros(1 << width) for width in (1, 2, 4, 8)}
+        for start, stop in strides(0, d):
+            for piece in pieces(scheme, records, start, stop):
+                bits += _piece_bits(scheme, piece, counts)
+        bits += sum(entropy(count_s) for count_s in counts.values())
+    return bits / schema.numel
 
 
 def _piece_bits(scheme: Scheme, piece: Piece, counts: dict[int, NDArray[np.float64]]) -> float:

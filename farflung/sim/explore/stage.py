@@ -74,7 +74,7 @@ def begin(identity: Identity, schedule: Schedule) -> tuple[Genesis, torch.Tensor
     genesis = Genesis(
         name="explored",
         founder=identity.public_key,
-        state_digest=first_state(theta_d, 0)[0].digest,
+        state_digest=first_state(theta_d, {})[0].digest,
         schema=_SCHEMA,
         task="farflung.sim.explore.tally:TallyTask",
         codec="fp32",

@@ -1,0 +1,1 @@
+"""Benches: what codecs cost and what training makes of them; and what `farflung bench` prints."""
