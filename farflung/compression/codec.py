@@ -102,6 +102,11 @@ class Codec(NamedTuple):
     scheme: Any = None
     """The `scheme.Scheme` behind the payload, if there is one: for code that fuses steps."""
 
+    stream: Callable[[Any, Schema, int], bytes] | None = None
+    """(a `scheme.Source`, schema, round) -> the payload that `encode` makes of those numbers, if it is made
+    run after run and knows no state: for error feedback, which then does all its steps on a run while it is in the
+    cache. What changes `encode` must change this or take it away."""
+
     records: Callable[[bytes, Schema, int], list[Records]] | None = None
     """(payload, schema, round) -> the plain records behind a payload that was checked, for what counts their entropy;
     None: it has none, or nobody has asked yet."""

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import lru_cache, partial
 
 from farflung.compression import registry
 from farflung.compression.codec import Codec
 from farflung.compression.grammar import Arguments, StageText, split_stages
 from farflung.compression.presets import PRESETS
-from farflung.compression.stage import Body, lift
+from farflung.compression.scheme import Scheme
+from farflung.compression.stage import Body, Coded, lift
 from farflung.protocol.errors import ConfigError
 
 
 @lru_cache(maxsize=256)
-def parse_codec(spec: str) -> Codec:
+def parse_codec(spec: str, threads: int = 1) -> Codec:
     """The codec of a text, or of a preset's name; spaces around stages are ignored.
 
     `Codec.spec` is the canonical text with every default written out, so that a genesis does not change its meaning
-    when a default does. Raises ConfigError with the column and what is allowed there.
+    when a default does. Raises ConfigError with the column and what is allowed there. `threads` is on how many threads
+    formats of records encode and check a whole payload; it changes no byte.
     """
-    preset = PRESETS.get(spec.strip())
-    return _parse(preset.spec if preset else spec, 1)
+    preset = PRESETS.get(spec.strip().lower())
+    if threads < 1:
+        raise ConfigError(f"a codec needs at least one thread, got {threads}")
+    return _parse(preset.spec if preset else spec, 1, threads)
 
 
 def codec_presets() -> tuple[str, ...]:
@@ -28,19 +32,26 @@ def codec_presets() -> tuple[str, ...]:
     return (*registry.examples(), *PRESETS)
 
 
-def _parse(text: str, column: int) -> Codec:
+def _parse(text: str, column: int, threads: int) -> Codec:
     stages = split_stages(text, column)
     body: Body | None = None
     for stage in reversed(stages):
-        body = _build(stage, body)
+        body = _threaded(_build(stage, body, threads), threads)
     if body is None:
         raise ConfigError(f"codec, column {column}: nothing to encode with, got {text!r}")
     return lift(body, stages[-1])
 
 
-def _build(stage: StageText, inner: Body | None) -> Body:
+def _threaded(body: Body, threads: int) -> Body:
+    """The same, told on how many threads its records may be written."""
+    if isinstance(body, Coded):
+        return body._replace(scheme=body.scheme._replace(threads=threads))
+    return body._replace(threads=threads) if isinstance(body, Scheme) else body
+
+
+def _build(stage: StageText, inner: Body | None, threads: int) -> Body:
     known = registry.stages()
     entry = known.get(stage.name)
     if entry is None:
         stage.refuse("no such stage", *(item.usage for item in known.values()), *PRESETS)
-    return entry.build(Arguments(stage, entry.usage), inner, _parse)
+    return entry.build(Arguments(stage, entry.usage), inner, partial(_parse, threads=threads))

@@ -8,8 +8,9 @@ and any window is decoded from the records that it touches.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from blake3 import blake3
 from numpy.typing import NDArray
 from torch import Tensor
 
-from farflung.compression.codec import Codec, Reader, Row
+from farflung.compression.codec import Codec, Reader, Records, Row
 from farflung.protocol.errors import LocalError, PeerError
 from farflung.protocol.rows import WINDOW_ALIGN, DenseRow, SparseRow
 from farflung.protocol.schema import Schema
@@ -27,6 +28,10 @@ Octets = NDArray[np.uint8]
 
 STRIDE = 4 * WINDOW_ALIGN
 """Coordinates handled at a time: 256 KiB of fp32 stays in a core's L2 cache, and one call's overhead is 1 % of it."""
+
+PART = 8
+"""Stretches that a thread takes at a time: 2 MiB of fp32, about 0.3 ms. Sparse formats also write so many in one call,
+since what they keep of a stretch costs less than the call."""
 
 NOBODY = "?"
 """The name in a PeerError raised here: a codec does not know whose bytes it reads; the caller does."""
@@ -50,8 +55,8 @@ class Field(NamedTuple):
 
     "raw": `length` bytes (scales). "codes": `length` symbols of `bits` (1, 2, 4 or 8) each, 8 / bits to a byte from the
     low bits up; byte j holds the symbols j, j + q, j + 2q, ... of the block, q = ceil(length x bits / 8); unused ones
-    are 0. "index": `length` strictly increasing numbers of `bits` each, packed from the low bits of the first byte, zero
-    bits to the end of the last one, each number below `limit`.
+    are 0. "index": `length` strictly increasing numbers of `bits` each, packed from the low bits of the first byte,
+    zero bits to the end of the last one, each number below `limit`.
     """
 
     kind: Literal["raw", "codes", "index"]
@@ -84,6 +89,16 @@ class Scheme(NamedTuple):
     """Whether `write` rounds at random: its salt is a hash of the round and of the numbers themselves."""
     in_round: Callable[[int], Scheme] | None = None
     """For formats whose layout depends on the round (shared random masks): the format of that round."""
+    sparse: bool = False
+    """Whether `read` gives sparse rows: such a format cannot carry the values of another."""
+
+    threads: int = 1
+    """On how many threads whole payloads are written and checked; changes no byte. The parser sets it."""
+
+    @property
+    def run(self) -> int:
+        """Coordinates to hand over at a time. Dice are thrown per stretch; what dense formats make must stay cached."""
+        return PART * STRIDE if self.sparse and not self.salted else STRIDE
 
     def record_bytes(self, n: int) -> int:
         """Length of the record of a block of n coordinates."""
@@ -117,23 +132,61 @@ def pieces(scheme: Scheme, octets: Octets, start: int, stop: int, *, base: int =
         yield Piece(octets[middle : middle + tail].reshape(1, tail), short, start + full * block)
 
 
-def strides(start: int, stop: int) -> Iterator[tuple[int, int]]:
-    """Cut [start, stop) into stretches of at most STRIDE coordinates."""
-    for first in range(start, stop, STRIDE):
-        yield first, min(first + STRIDE, stop)
+def strides(start: int, stop: int, step: int = STRIDE) -> Iterator[tuple[int, int]]:
+    """Cut [start, stop) into stretches of at most `step` coordinates."""
+    for first in range(start, stop, step):
+        yield first, min(first + step, stop)
+
+
+class Source(Protocol):
+    """Where a codec that writes run after run takes its numbers (see `Codec.stream`). Each coordinate is asked for
+    once, in any order, on several threads."""
+
+    @property
+    def listens(self) -> bool:
+        """Whether `give` wants to be called."""
+
+    def take(self, start: int, stop: int) -> Floats:
+        """The numbers to write."""
+
+    def give(self, start: int, stop: int, row: Row) -> None:
+        """What they decode to, while they are in the cache."""
+
+
+class Plain(NamedTuple):
+    """A vector to be written as it is."""
+
+    numbers: Callable[[int, int], Floats]
+    listens: bool = False
+
+    def take(self, start: int, stop: int) -> Floats:
+        """See `Source`."""
+        return self.numbers(start, stop)
+
+    def give(self, start: int, stop: int, row: Row) -> None:
+        """Nobody asked."""
 
 
 def stateless(scheme: Scheme) -> Codec:
-    """The codec of a scheme: exact, without private or shared state. Encode costs payload + one stride of memory."""
+    """The codec of a scheme: exact, without private or shared state. Encode costs the payload of memory."""
 
     def encode(update_d: Tensor, private: Any, shared: Any, round_index: int) -> tuple[bytes, Any]:
         require_update(update_d)
+        return write_all(Plain(numbers_of(update_d)), len(update_d), round_index), private
+
+    def write_all(source: Source, d: int, round_index: int) -> bytes:
         now = scheme.of(round_index)
-        payload = BytesIO()  # its `getvalue` hands the bytes over without a copy
-        for start, stop in strides(0, len(update_d)):
-            window_d = update_d[start:stop].detach().cpu().contiguous().numpy()
-            payload.write(write_stretch(now, window_d, start, round_index).data)
-        return payload.getvalue(), private
+
+        def fill(octets: Octets) -> None:
+            def write(start: int, stop: int) -> None:
+                window_d = source.take(start, stop)
+                write_records(now, window_d, octets, start, round_index)
+                if source.listens:
+                    source.give(start, stop, now.read(list(pieces(now, octets, start, stop)), stop - start))
+
+            spread(write, d, scheme.threads, now.run)
+
+        return filled(payload_bytes(now, d), fill)
 
     def open_(payload: bytes, schema: Schema, shared: Any, round_index: int) -> Reader:
         octets, now, d = _octets(scheme, payload, schema), scheme.of(round_index), schema.numel
@@ -149,9 +202,12 @@ def stateless(scheme: Scheme) -> Codec:
 
     def check(payload: bytes, schema: Schema, shared: Any, round_index: int) -> None:
         octets, now = _octets(scheme, payload, schema), scheme.of(round_index)
-        for start, stop in strides(0, schema.numel):
+
+        def check_stretch(start: int, stop: int) -> None:
             for piece in pieces(now, octets, start, stop):
                 now.check(piece)
+
+        spread(check_stretch, schema.numel, scheme.threads, now.run)
 
     return Codec(
         spec=scheme.spec,
@@ -162,18 +218,62 @@ def stateless(scheme: Scheme) -> Codec:
         check=check,
         bits=lambda schema: 8 * payload_bytes(scheme, schema.numel) / schema.numel,
         scheme=scheme,
-        records=lambda payload, schema, round_index: payload,
+        stream=lambda source, schema, round_index: write_all(source, schema.numel, round_index),
+        records=lambda payload, schema, round_index: [Records(scheme.of(round_index), payload, schema.numel)],
     )
 
 
 def write_stretch(scheme: Scheme, window_d: Floats, start: int, round_index: int) -> Octets:
-    """The records of one stretch that starts at coordinate `start` of the vector, a multiple of the block."""
+    """The records of one run that starts at coordinate `start` of the vector, a multiple of the block."""
     records = np.empty(payload_bytes(scheme, len(window_d)), np.uint8)
+    write_records(scheme, window_d, records, start, round_index, base=start)
+    return records
+
+
+def write_records(
+    scheme: Scheme, window_d: Floats, octets: Octets, start: int, round_index: int, *, base: int = 0
+) -> None:
+    """Write one run (`Scheme.run`) where it belongs in `octets`, the records from coordinate `base` on."""
     salt = salt_of(window_d, round_index) if scheme.salted else 0
-    for piece in pieces(scheme, records, start, start + len(window_d), base=start):
+    for piece in pieces(scheme, octets, start, start + len(window_d), base=base):
         first = piece.start - start
         scheme.write(window_d[first : first + piece.size].reshape(-1, piece.n), piece, salt)
-    return records
+
+
+def numbers_of(update_d: Tensor) -> Callable[[int, int], Floats]:
+    """(start, stop) -> that part of a vector as numpy: a view on the CPU, a copy of just that part from a GPU."""
+    if update_d.device.type == "cpu":
+        whole_d: Floats = update_d.detach().contiguous().numpy()
+        return lambda start, stop: whole_d[start:stop]
+    return lambda start, stop: update_d[start:stop].detach().cpu().contiguous().numpy()
+
+
+def filled(size: int, fill: Callable[[Octets], None]) -> bytes:
+    """`size` bytes, all of which `fill` has written in place: `getvalue` hands them over without a copy."""
+    buffer = BytesIO(bytes(size))
+    fill(np.frombuffer(buffer.getbuffer(), np.uint8))
+    return buffer.getvalue()
+
+
+def spread(work: Callable[[int, int], Any], d: int, threads: int, run: int = STRIDE) -> None:
+    """work(start, stop) for every `run` of d coordinates, on up to `threads` threads; raises the first error.
+
+    A thread takes PART stretches at a time, so that a slow core delays little. The order of work is not defined with
+    more than one thread: it must only touch what belongs to its stretch.
+    """
+
+    def part(first: int) -> None:
+        for start, stop in strides(first, min(first + PART * STRIDE, d), run):
+            work(start, stop)
+
+    firsts = range(0, d, PART * STRIDE)
+    if threads == 1 or len(firsts) == 1:
+        for first in firsts:
+            part(first)
+        return
+    with ThreadPoolExecutor(min(threads, len(firsts)), "farflung-codec") as pool:
+        for _ in pool.map(part, firsts):
+            pass
 
 
 def salt_of(window_d: Floats, round_index: int) -> int:

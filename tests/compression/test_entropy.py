@@ -14,7 +14,7 @@ from farflung.compression.formats.dense import bf16, fp32, int8, q2
 from farflung.compression.formats.sparse import topk
 from farflung.compression.kernels import rans_pieces, rans_reference, rice_reference
 from farflung.compression.parse import parse_codec
-from farflung.compression.scheme import STRIDE, Field, Scheme, payload_bytes, pieces, stateless, write_stretch
+from farflung.compression.scheme import PART, STRIDE, Field, Scheme, payload_bytes, pieces, stateless, write_stretch
 from farflung.protocol.errors import ConfigError, LocalError, PeerError
 from farflung.protocol.rows import WINDOW_ALIGN, DenseRow
 
@@ -202,8 +202,43 @@ def records_by_section(codec, coder, scheme, payload, d):
     frame = coders.frame_of(scheme, d, symbols=symbols, index=index)
     end_s, octets = coders._ends(frame, payload), np.frombuffer(payload, np.uint8)
     for section in range(frame.sections):
-        found = coders._unpack(frame, section, octets[end_s[section] : end_s[section + 1]])
+        found = coders._unpack(frame, section, section + 1, octets, end_s)
         yield np.concatenate([piece.records_br.reshape(-1) for piece in found])
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("coder", CODERS)
+def test_several_sections_at_once_are_the_sections_one_by_one(name, coder, schema_of, vector):
+    """Payloads are written in runs of sections; here the plain coder writes each section by itself."""
+    scheme, d = FORMATS[name], 2 * PART * STRIDE + STRIDE // 2 + 5
+    codec, update = CODERS[coder].attach(scheme), vector("gauss", d)
+    symbols, index = PLANS[coder]
+    frame = coders.frame_of(scheme, d, symbols=symbols, index=index)
+    payload = codec.encode(update, None, None, 0)[0]
+    end_s = coders._ends(frame, payload)
+    for section in (0, PART - 1, PART, frame.sections - 2, frame.sections - 1):
+        start, stop = section * STRIDE, min((section + 1) * STRIDE, d)
+        records_r = write_stretch(scheme, update[start:stop].numpy(), start, 0)
+        alone = b"".join(
+            rans_reference.encode_piece(piece.records_br, frame.plans[piece.n])
+            for piece in pieces(scheme, records_r, start, stop, base=start)
+        )
+        assert payload[end_s[section] : end_s[section + 1]] == alone
+
+
+@pytest.mark.parametrize("name", ["topk(64/4096)|q2", "int8"])
+def test_a_byte_moved_from_one_section_to_the_next_is_refused(name, schema_of, vector):
+    codec, d = coders.ans().attach(FORMATS[name]), 3 * STRIDE
+    payload = bytearray(codec.encode(vector("gauss", d), None, None, 0)[0])
+    frame = coders.frame_of(FORMATS[name], d, symbols=True, index=RICE)
+    width = frame.width
+    one, two = (int.from_bytes(payload[i * width : (i + 1) * width], "little") for i in (0, 1))
+    for step in (-1, 1):
+        payload[:width], payload[width : 2 * width] = (
+            (one + step).to_bytes(width, "little"),
+            (two - step).to_bytes(width, "little"),
+        )
+        assert outcome(codec, bytes(payload), schema_of(d)) is None
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -19,16 +19,15 @@ canonical ones.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache, lru_cache
-from io import BytesIO
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from farflung.compression.codec import Codec, Reader, Row
+from farflung.compression.codec import Codec, Reader, Records, Row
 from farflung.compression.entropy.layout import ELIAS, RICE, Plan, plan
 from farflung.compression.grammar import Arguments
 from farflung.compression.scheme import (
@@ -36,19 +35,24 @@ from farflung.compression.scheme import (
     STRIDE,
     Octets,
     Piece,
+    Plain,
     Scheme,
+    Source,
     cut,
+    numbers_of,
     payload_bytes,
     pieces,
     require_update,
     require_window,
+    spread,
     stateless,
-    strides,
     write_stretch,
 )
 from farflung.compression.stage import Body, Build, Coder, Stage
 from farflung.protocol.errors import LocalError, PeerError
 from farflung.protocol.schema import Schema
+
+Ends = NDArray[np.int64]
 
 FAULTS = (
     "it ends before its symbols do",
@@ -108,8 +112,8 @@ def frame_of(scheme: Scheme, d: int, *, symbols: bool, index: int) -> Frame:
 def coded(spec: str, *, symbols: bool, index: int) -> Coder:
     """The coder of a kind of indices (RICE, ELIAS), with or without rANS of everything else.
 
-    `encode` costs the payload, one stretch of records and one section of memory; a reader keeps the records of the
-    section it read last, because windows may be smaller than sections.
+    `encode` costs twice the payload and one run of records; a reader keeps the records of the sections it read last,
+    because windows may be smaller than sections.
     """
 
     def attach(scheme: Scheme) -> Codec:
@@ -124,19 +128,27 @@ def coded(spec: str, *, symbols: bool, index: int) -> Coder:
 
         def encode(update_d: Tensor, private: Any, shared: Any, round_index: int) -> tuple[bytes, Any]:
             require_update(update_d)
-            frame = frame_in(round_index, len(update_d))
+            return write_all(Plain(numbers_of(update_d)), len(update_d), round_index), private
+
+        def stream(source: Source, schema: Schema, round_index: int) -> bytes:
+            return write_all(source, schema.numel, round_index)
+
+        def write_all(source: Source, d: int, round_index: int) -> bytes:
+            frame = frame_in(round_index, d)
             length_s = np.zeros(frame.sections, "<u4")
-            payload = BytesIO(bytes(frame.sections * frame.width))
-            payload.seek(0, 2)
-            out_r = np.empty(frame.longest, np.uint8)
-            for section, (start, stop) in enumerate(strides(0, frame.d)):
-                window_d = update_d[start:stop].detach().cpu().contiguous().numpy()
+            parts: dict[int, bytes] = {}
+
+            def write(start: int, stop: int) -> None:
+                window_d = source.take(start, stop)
                 records_r = write_stretch(frame.scheme, window_d, start, round_index)
-                length_s[section] = end = _pack(frame, section, records_r, out_r)
-                payload.write(out_r[:end].data)
-            payload.seek(0)
-            payload.write(np.ascontiguousarray(length_s.view(np.uint8).reshape(-1, 4)[:, : frame.width]).data)
-            return payload.getvalue(), private
+                if source.listens:
+                    found = list(pieces(frame.scheme, records_r, start, stop, base=start))
+                    source.give(start, stop, frame.scheme.read(found, stop - start))
+                parts[start] = _pack(frame, start, stop, records_r, length_s)
+
+            spread(write, d, scheme.threads, frame.scheme.run)
+            table_s4 = length_s.view(np.uint8).reshape(-1, 4)[:, : frame.width]
+            return b"".join([table_s4.tobytes(), *(parts[start] for start in sorted(parts))])
 
         def open_(payload: bytes, schema: Schema, shared: Any, round_index: int) -> Reader:
             frame = frame_in(round_index, schema.numel)
@@ -145,21 +157,36 @@ def coded(spec: str, *, symbols: bool, index: int) -> Coder:
         def check(payload: bytes, schema: Schema, shared: Any, round_index: int) -> None:
             frame = frame_in(round_index, schema.numel)
             octets, end_s = np.frombuffer(payload, np.uint8), _ends(frame, payload)
-            for section in range(frame.sections):
-                for piece in _unpack(frame, section, octets[end_s[section] : end_s[section + 1]]):
+
+            def check_run(start: int, stop: int) -> None:
+                for piece in _unpack(frame, start // STRIDE, -(-stop // STRIDE), octets, end_s):
                     frame.scheme.check(piece)
+
+            spread(check_run, schema.numel, scheme.threads, frame.scheme.run)
+
+        def records(payload: bytes, schema: Schema, round_index: int) -> list[Records]:
+            frame = frame_in(round_index, schema.numel)
+            octets, end_s = np.frombuffer(payload, np.uint8), _ends(frame, payload)
+            found = _unpack(frame, 0, frame.sections, octets, end_s)
+            return [Records(frame.scheme, b"".join(piece.records_br.tobytes() for piece in found), schema.numel)]
 
         def bits(schema: Schema) -> float:
             return 8 * same_each_round(schema.numel).worst_bytes / schema.numel
 
         return stateless(scheme)._replace(
-            spec=f"{scheme.spec}|{spec}", encode=encode, open=open_, check=check, bits=bits
+            spec=f"{scheme.spec}|{spec}",
+            encode=encode,
+            open=open_,
+            check=check,
+            bits=bits,
+            stream=stream,
+            records=records,
         )
 
     return Coder(spec, attach)
 
 
-def _ends(frame: Frame, payload: bytes) -> NDArray[np.int64]:
+def _ends(frame: Frame, payload: bytes) -> Ends:
     """Where sections start and, at last, end. Raises PeerError unless their lengths fill the payload."""
     table = frame.sections * frame.width
     if not table < len(payload) <= frame.worst_bytes:
@@ -175,54 +202,57 @@ def _ends(frame: Frame, payload: bytes) -> NDArray[np.int64]:
     return end_s
 
 
-def _pack(frame: Frame, section: int, records_r: Octets, out_r: Octets) -> int:
-    """Write one section from its records; return its length."""
-    start, stop = frame.spans(section)
-    at = 0
+def _pack(frame: Frame, start: int, stop: int, records_r: Octets, length_s: NDArray[np.uint32]) -> bytes:
+    """The sections of [start, stop) from their records; fills in their lengths."""
+    out_r, at = np.empty(-(-(stop - start) // STRIDE) * frame.longest, np.uint8), 0
     for piece in pieces(frame.scheme, records_r, start, stop, base=start):
-        cut_of = frame.plans[piece.n]
-        at = _kernels()[0](piece.records_br, cut_of.part_p5, cut_of.field_f6, out_r, at)
+        cut_of, per, into_s = frame.plans[piece.n], _per_section(frame, piece), length_s[piece.start // STRIDE :]
+        at = _kernels()[0](piece.records_br, per, cut_of.part_p5, cut_of.field_f6, out_r, at, into_s)
         if at < 0:
             raise LocalError(f"{frame.scheme.spec} wrote records that break its own layout: {FAULTS[-1 - at]}")
-    return at
+    return out_r[:at].tobytes()
 
 
-def _unpack(frame: Frame, section: int, in_r: Octets) -> list[Piece]:
-    """The pieces of one section, as records. Raises PeerError unless `_pack` wrote these bytes for them."""
-    start, stop = frame.spans(section)
+def _unpack(frame: Frame, first: int, last: int, octets: Octets, end_s: Ends) -> list[Piece]:
+    """The pieces of some sections, as records. Raises PeerError unless `_pack` wrote these bytes for them."""
+    start, stop = frame.spans(first)[0], frame.spans(last - 1)[1]
     records_r = np.empty(payload_bytes(frame.scheme, stop - start), np.uint8)
     found = list(pieces(frame.scheme, records_r, start, stop, base=start))
-    at = 0
+    at_s = end_s[first:last].copy()
     for piece in found:
-        cut_of = frame.plans[piece.n]
-        at = _kernels()[1](in_r, at, cut_of.part_p5, cut_of.field_f6, piece.records_br)
-        if at < 0:
-            raise PeerError(NOBODY, f"section {section}: {FAULTS[-1 - at]}, got {len(in_r)} bytes")
-    if at != len(in_r):
-        raise PeerError(NOBODY, f"section {section}: {at} bytes are used, got {len(in_r)}")
+        cut_of, per, section = frame.plans[piece.n], _per_section(frame, piece), piece.start // STRIDE
+        limit_s, from_s = end_s[section + 1 :], at_s[section - first :]
+        fault = _kernels()[1](octets, limit_s, from_s, per, cut_of.part_p5, cut_of.field_f6, piece.records_br)
+        if fault < 0:
+            raise PeerError(NOBODY, f"a section of {frame.scheme.spec}: {FAULTS[-1 - fault]}, from {section} on")
+    if (at_s != end_s[first + 1 : last + 1]).any():
+        wrong = first + int((at_s != end_s[first + 1 : last + 1]).argmax())
+        raise PeerError(NOBODY, f"bytes are left over at the end of section {wrong}")
     return found
 
 
-def _reader(frame: Frame, octets: Octets, end_s: NDArray[np.int64]) -> Reader:
-    held: tuple[int, list[Piece]] = (-1, [])
+def _per_section(frame: Frame, piece: Piece) -> int:
+    """Records of a piece in each section that it lies in, the last one maybe excepted. It starts with a section, or is
+    the short record."""
+    return STRIDE // piece.n if piece.n == frame.scheme.block else 1
 
-    def records(section: int) -> list[Piece]:
+
+def _reader(frame: Frame, octets: Octets, end_s: Ends) -> Reader:
+    held: tuple[int, int, list[Piece]] = (0, 0, [])
+
+    def records(first: int, last: int) -> list[Piece]:
         nonlocal held
-        last, found = held  # another thread may put its own section here: both are whole
-        if last != section:
-            found = _unpack(frame, section, octets[end_s[section] : end_s[section + 1]])
-            held = section, found
+        begin, end, found = held  # another thread may put its own sections here: both are whole
+        if not begin <= first < last <= end:
+            found = _unpack(frame, first, last, octets, end_s)
+            held = first, last, found
         return found
 
     def read(start: int, stop: int) -> Row:
         require_window(start, stop, frame.d)
         block = frame.scheme.block
         low, high = start // block * block, min(-(-stop // block) * block, frame.d)
-        found = [
-            part
-            for section in range(low // STRIDE, -(-high // STRIDE))
-            for part in _overlap(records(section), low, high)
-        ]
+        found = list(_overlap(records(low // STRIDE, -(-high // STRIDE)), low, high))
         row = frame.scheme.read(found, high - low)
         return row if (low, high) == (start, stop) else cut(row, start - low, stop - low)
 
@@ -239,10 +269,10 @@ def _overlap(found: list[Piece], low: int, high: int) -> Iterator[Piece]:
 
 @cache
 def _kernels() -> tuple[Callable[..., int], Callable[..., int]]:
-    """(encode_piece, decode_piece); imports numba on the first call."""
+    """(encode_sections, decode_sections); imports numba on the first call."""
     from farflung.compression.kernels import rans_pieces
 
-    return rans_pieces.encode_piece, rans_pieces.decode_piece
+    return rans_pieces.encode_sections, rans_pieces.decode_sections
 
 
 def pack() -> Coder:

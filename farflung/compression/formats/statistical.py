@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from functools import cache
+from types import ModuleType
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from farflung.compression.formats.records import (
     BF16_ABS_MAX,
-    bits_of,
-    dense,
     from_bf16,
     header_and_codes,
     measured,
@@ -20,15 +21,24 @@ from farflung.compression.formats.records import (
 )
 from farflung.compression.grammar import Arguments
 from farflung.compression.kernels.codes import Doubles, fastest_codes
-from farflung.compression.scheme import Floats, Octets, Scheme, refuse_if
+from farflung.compression.scheme import NOBODY, Floats, Octets, Piece, Scheme
 from farflung.compression.stage import Body, Stage, require, with_coder
+from farflung.protocol.errors import PeerError
+from farflung.protocol.rows import DenseRow
+
+FAULTS = (
+    "a level is not finite or too large",
+    "a level is -0.0",
+    "a code past the end is not 0",
+    "a level is never used",
+    "levels do not strictly increase",
+)
+"""Why a record is refused, by the number of `kernels.stat_numba`."""
 
 STAT_BITS = 2
 
 STAT_BLOCKS = {2: 1024, 4: 4096, 8: 1 << 14}
 """A 2**bits-entry codebook of bf16 per block: 1/16, 1/16 and 1/4 bit per parameter."""
-
-_TOP_BITS = bits_of(BF16_ABS_MAX) >> 16
 
 
 def stat(bits: int, block: int) -> Scheme:
@@ -44,7 +54,13 @@ def stat(bits: int, block: int) -> Scheme:
     levels = 1 << bits
     header = 2 * levels
 
-    def write(x_bn: Floats, out_br: Octets, start: int, salt: int) -> None:
+    def write(x_bn: Floats, piece: Piece, salt: int) -> None:
+        out_br = piece.records_br
+        if out_br.flags.c_contiguous and _kernels().stat_write(np.ascontiguousarray(x_bn), bits, out_br):
+            return
+        write_plainly(x_bn, out_br)
+
+    def write_plainly(x_bn: Floats, out_br: Octets) -> None:
         x_bn, _ = measured(x_bn)
         bin_bn, mean_bl, used_bl = _binned(x_bn, levels)
         level_bl, rank_bl = _ranked(mean_bl, used_bl)
@@ -52,23 +68,33 @@ def stat(bits: int, block: int) -> Scheme:
         view(out_br[:, :header], "<u2")[:] = level_bl
         fastest_codes().ranked_pack(bin_bn, rank_bl, bits, out_br, header)
 
-    def check(records_br: Octets, n: int) -> None:
-        level_bl = view(records_br[:, :header], "<u2")
-        refuse_if(((level_bl & 0x7FFF) > _TOP_BITS).any(1), "a level is not finite or too large")
-        refuse_if((level_bl == 0x8000).any(1), "a level is -0.0")
-        seen_bl, stray_b = fastest_codes().seen(records_br, header, bits, n)
-        refuse_if(stray_b, "a code past the end is not 0")
-        refuse_if((seen_bl[:, 1:] > seen_bl[:, :-1]).any(1), "a level is never used")
-        refuse_if((~seen_bl & (level_bl != 0)).any(1), "a level is never used")
-        value_bl = from_bf16(level_bl)
-        refuse_if((seen_bl[:, 1:] & (value_bl[:, 1:] <= value_bl[:, :-1])).any(1), "levels do not strictly increase")
+    def fill(piece: Piece, out_d: Floats) -> None:
+        records_br = np.ascontiguousarray(piece.records_br)
+        found = _kernels().stat_read(records_br, bits, out_d.reshape(-1, piece.n))
+        if found >= 0:
+            raise PeerError(NOBODY, f"{FAULTS[found % 8]}, in record {found // 8}")
 
-    def fill(records_br: Octets, out_bn: Floats) -> None:
-        table_bl = from_bf16(np.ascontiguousarray(view(records_br[:, :header], "<u2")))
-        fastest_codes().unpack(records_br, header, bits, table_bl, out_bn)
+    def read(pieces: list[Piece], size: int) -> DenseRow[torch.Tensor]:
+        out_d = np.empty(size, np.float32)
+        first = 0
+        for piece in pieces:
+            fill(piece, out_d[first : first + piece.size])
+            first += piece.size
+        return DenseRow(torch.from_numpy(out_d))
+
+    def check(piece: Piece) -> None:
+        fill(piece, np.empty(piece.size, np.float32))
 
     spec = f"stat(bits={bits}, block={block})"
-    return dense(spec, block, header_and_codes(header, bits), write=write, check=check, fill=fill)
+    return Scheme(spec, block, header_and_codes(header, bits), write, check, read)
+
+
+@cache
+def _kernels() -> ModuleType:
+    """The numba kernels; imports numba on the first call."""
+    from farflung.compression.kernels import stat_numba
+
+    return stat_numba
 
 
 def _binned(x_bn: Floats, levels: int) -> tuple[Octets, Doubles, NDArray[np.bool_]]:

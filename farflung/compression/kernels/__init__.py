@@ -1,8 +1,8 @@
 """The inner loops of the codecs, each written twice: plain torch (`reference`) and numba (`numba_cpu`).
 
-Both work on one window of b whole blocks of n coordinates, single-threaded, without the GIL where numba runs; callers
-who want more cores spread windows over a thread pool. Tests hold the two equal byte for byte, which is possible because
-no kernel adds floats: sums are of integers, so every order gives the same result.
+All work on a run of b whole blocks of n coordinates, single-threaded, without the GIL where numba runs; callers who
+want more cores spread stretches over a thread pool. Tests hold the two equal byte for byte, which is possible because
+no kernel adds floats in an order that could change: sums are of integers, or of fp64 in LANES fixed lanes.
 
 This file names the kernels; importing it costs nothing. numba (0.7 s) is imported by the first call of `fastest`.
 """
@@ -19,47 +19,76 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float32]
 Octets = NDArray[np.uint8]
 Integers = NDArray[np.int64]
-Levels = NDArray[np.int32]
 
 LEVEL_MAX = 1 << 20
-"""`q2_measure` scales magnitudes to integers of 20 bits: finer than the bf16 scales, and sums of 2**14 fit 64 bits."""
+"""`q2` scales magnitudes to integers of 20 bits: finer than its bf16 levels, and sums of 2**14 fit 64 bits."""
 
 REFINEMENTS = 2
 """Lloyd steps after the first guess of the threshold: a third gains under 0.1 % of the error on Gauss and Laplace."""
 
+LANES = 16
+"""`square_sum` adds every sixteenth square into one fp64 lane, then the lanes in order."""
 
-class Split(NamedTuple):
-    """How `q2_measure` cut the blocks' magnitudes, in units of absmax / LEVEL_MAX, into a low and a high class."""
+ABS_MAX_BITS = 0x49742400
+"""limits.PAYLOAD_ABS_MAX, 1e6, as the bits of fp32."""
 
-    level_bn: Levels
-    """Magnitudes, 0..LEVEL_MAX."""
-    threshold_b: Integers
-    """A magnitude is high if it is at least this."""
-    total_b: Integers
-    """Sum of all magnitudes."""
-    high_sum_b: Integers
-    """Sum of the high ones."""
-    high_count_b: Integers
-    """Number of the high ones, at least 1 unless the block is zero."""
+BF16_ABS_MAX_BITS = 0x4974
+"""The largest bf16 number that is at most PAYLOAD_ABS_MAX: 244 x 2**12 = 999424."""
+
+INT8_SCALE_MAX = np.float32(7874.0156)
+"""The largest fp32 number whose 127-fold, rounded to fp32, is at most PAYLOAD_ABS_MAX."""
+
+SCALE_MAX_BITS = {4: 0x480B, 2: BF16_ABS_MAX_BITS}
+"""Bits of a code -> the largest bf16 scale: 142336, whose 7-fold is 996352, and the largest number."""
+
+FAULTS = (
+    "a value is not finite or too large",
+    "a scale or level is negative, not normal or too large",
+    "a scale is not the one its largest value gives",
+    "a code that no value has",
+    "a block does not use the whole range of its scale",
+    "a code past the end is not 0",
+    "the low level is not below the high one",
+    "a level and its use disagree",
+    "a zero has a sign",
+)
+"""Why a record is refused."""
+
+WILD, SCALE, UNSETTLED, UNUSED_CODE, NARROW, PAST_END, ORDER, USE, SIGNED_ZERO = range(len(FAULTS))
+
+
+class Packing(NamedTuple):
+    """Both directions of one number format (`formats.dense` says what its records are)."""
+
+    write: Callable[[Floats, Octets], int]
+    """(x_bn, out_br): fill the records; -1, or the first block with an entry that is not finite."""
+
+    read: Callable[[Octets, Floats], int]
+    """(records_br, out_bn): decode; -1, or len(FAULTS) x record + fault of the first record `write` cannot have made.
+    Of several faults of one record, any may be named."""
 
 
 class Kernels(NamedTuple):
-    """One implementation of every inner loop. Arrays are C-contiguous; floats are finite; scales are >= 0."""
+    """One implementation of every inner loop. Arrays are C-contiguous, octets little-endian."""
 
-    int8_pack: Callable[[Floats, Floats, Octets], None]
-    """(x_bn, scale_b, out_br): out[:, 4:] = round to even(x / scale), clamped to +-127; 0 where scale is 0."""
+    fp32: Packing
+    bf16: Packing
+    int8: Packing
+    int4: Packing
+    int2: Packing
+    q2: Packing
 
-    int8_unpack: Callable[[Octets, Floats, Floats], None]
-    """(records_br, scale_b, out_bn): out = int8(records[:, 4:]) * scale."""
+    carry: Callable[[Floats, Floats, np.float32], None]
+    """(error_d, update_d, beta): error = beta * error + update, two roundings."""
 
-    q2_measure: Callable[[Floats, Floats], Split]
-    """(x_bn, absmax_b) -> classes of magnitudes by Lloyd's method, from a threshold at 1.25 mean magnitudes."""
+    take_away: Callable[[Floats, Integers, Floats], None]
+    """(x_d, index_k, value_k): x[index] -= value; indices are distinct and below d."""
 
-    q2_pack: Callable[[Floats, Levels, Integers, NDArray[np.bool_], Octets], None]
-    """(x_bn, level_bn, threshold_b, low_is_zero_b, out_br): out[:, 4:] = four codes to a byte (see `formats.q2`)."""
+    top_bits: Callable[[Floats], int]
+    """x_d -> the bits of its largest magnitude; above 0x7F7FFFFF if an entry is not finite."""
 
-    q2_unpack: Callable[[Octets, Floats, Floats, Floats], None]
-    """(records_br, low_b, high_b, out_bn): out = the codes' values."""
+    square_sum: Callable[[Floats], float]
+    """x_d -> the sum of its squares in fp64, in the order that LANES says."""
 
     topk_select: Callable[[Floats, int], Integers]
     """(x_bn, k) -> index_bk: the k largest magnitudes of each block, ascending; the lowest index wins a tie."""

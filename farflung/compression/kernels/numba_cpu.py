@@ -1,176 +1,332 @@
-"""The kernels in numba, written so that LLVM vectorises them without reassociating a float.
+"""The kernels in numba: the formats of one scale, and the table of all kernels.
 
-Neither fastmath nor threads: numba's worker pool may not be entered from two threads, and windows are the unit of work.
+Loops index whole arrays, x_bn[b, j]: making a slice costs as much as a short block. Every block is read twice while it
+is in the L1 cache, first for its scale, then for its codes; magnitudes are compared as the bits of their fp32. A loop
+that stores to two places of one array is not vectorised, so each slot of a byte is decoded by a loop of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import ParamSpec, TypeVar
-
-import numba
 import numpy as np
-from numpy.typing import NDArray
 
-from farflung.compression.kernels import LEVEL_MAX, REFINEMENTS, Floats, Integers, Kernels, Levels, Octets, Split
+from farflung.compression.kernels import (
+    INT8_SCALE_MAX,
+    NARROW,
+    PAST_END,
+    SCALE,
+    SCALE_MAX_BITS,
+    UNSETTLED,
+    UNUSED_CODE,
+    WILD,
+    Floats,
+    Kernels,
+    Octets,
+    Packing,
+)
+from farflung.compression.kernels.numba_base import (
+    BF16_LARGEST,
+    INFINITE,
+    KINDS,
+    LARGEST,
+    MAGNITUDE,
+    ROUND,
+    SMALLEST,
+    Number,
+    Words,
+    bf16_bits,
+    code_of,
+    jit,
+    larger,
+    signed,
+    smaller,
+    top_of,
+)
+from farflung.compression.kernels.numba_q2 import q2_read, q2_write
+from farflung.compression.kernels.numba_vectors import carry, square_sum, take_away, top_bits, topk_select
 
-P = ParamSpec("P")
-R = TypeVar("R")
+__all__ = ["KERNELS", "jit"]
 
-ROUND = np.float32(1.5 * 2**23)
-"""Adding this rounds a small float to an even integer and leaves that integer in the low bits of the sum."""
-
-LEVEL_SCALE = np.float32(LEVEL_MAX)
-
-
-def jit(function: Callable[P, R]) -> Callable[P, R]:
-    """Compile on first call, release the GIL; IEEE division, no fast maths. Keeps machine code on disk where it may."""
-    compiled: Callable[P, R]
-    try:
-        compiled = numba.njit(nogil=True, cache=True, error_model="numpy")(function)
-    except RuntimeError:  # neither the package's folder nor the user's cache can be written
-        compiled = numba.njit(nogil=True, error_model="numpy")(function)
-    return compiled
+INT4_SCALE_MAX, INT2_SCALE_MAX = np.int32(SCALE_MAX_BITS[4]), np.int32(SCALE_MAX_BITS[2])
 
 
 @jit
-def int8_pack(x_bn: Floats, scale_b: Floats, out_br: Octets) -> None:
-    """See `Kernels.int8_pack`."""
+def fp32_write(x_bn: Floats, out_br: Octets) -> int:
+    """See `Packing.write`."""
+    bits_bn, out_bn = x_bn.view(np.int32), out_br.view(np.int32)
+    for b in range(len(x_bn)):
+        top = np.int32(0)
+        for j in range(x_bn.shape[1]):
+            magnitude = np.int32(bits_bn[b, j] & MAGNITUDE)
+            top = magnitude if magnitude > top else top
+            out_bn[b, j] = min(magnitude, LARGEST) | (bits_bn[b, j] & ~MAGNITUDE)
+        if top >= INFINITE:
+            return b
+    return -1
+
+
+@jit
+def fp32_read(records_br: Octets, out_bn: Floats) -> int:
+    """See `Packing.read`."""
+    bits_bn, to_bn = records_br.view(np.int32), out_bn.view(np.int32)
+    for b in range(len(out_bn)):
+        top = np.int32(0)
+        for j in range(out_bn.shape[1]):
+            magnitude = np.int32(bits_bn[b, j] & MAGNITUDE)
+            top = magnitude if magnitude > top else top
+            to_bn[b, j] = bits_bn[b, j]
+        if top > LARGEST:
+            return b * KINDS + WILD
+    return -1
+
+
+@jit
+def bf16_write(x_bn: Floats, out_br: Octets) -> int:
+    """See `Packing.write`."""
+    bits_bn, out_bn = x_bn.view(np.int32), out_br.view(np.int16)
+    for b in range(len(x_bn)):
+        top = np.int32(0)
+        for j in range(x_bn.shape[1]):
+            magnitude = np.int32(bits_bn[b, j] & MAGNITUDE)
+            top = magnitude if magnitude > top else top
+            rounded = bf16_bits(min(magnitude, LARGEST)) | (bits_bn[b, j] >> np.int32(16) & np.int32(0x8000))
+            out_bn[b, j] = rounded
+        if top >= INFINITE:
+            return b
+    return -1
+
+
+@jit
+def bf16_read(records_br: Octets, out_bn: Floats) -> int:
+    """See `Packing.read`."""
+    bits_bn, to_bn = records_br.view(np.uint16), out_bn.view(np.uint32)
+    for b in range(len(out_bn)):
+        top = np.uint32(0)
+        for j in range(out_bn.shape[1]):
+            bits = np.uint32(bits_bn[b, j])
+            magnitude = np.uint32(bits & np.uint32(0x7FFF))
+            top = magnitude if magnitude > top else top
+            to_bn[b, j] = np.uint32(bits << np.uint32(16))
+        if top > BF16_LARGEST:
+            return b * KINDS + WILD
+    return -1
+
+
+@jit
+def int8_write(x_bn: Floats, out_br: Octets) -> int:
+    """See `Packing.write`."""
     blocks, n = x_bn.shape
-    shifted_n = np.empty(n, np.float32)
-    bits_n = shifted_n.view(np.uint32)
-    top = np.float32(127)
+    bits_bn = x_bn.view(np.int32)
+    cell_1 = np.empty(1, np.int32)
+    float_1 = cell_1.view(np.float32)
+    widest = np.float32(127)
     for b in range(blocks):
-        scale, row_n, out_n = scale_b[b], x_bn[b], out_br[b, 4:]
-        if scale == 0:
-            out_n[:] = 0
+        cell_1[0] = top_of(bits_bn, b)
+        if cell_1[0] >= INFINITE:
+            return b
+        float_1[0] = min(float_1[0] / widest, INT8_SCALE_MAX)
+        if cell_1[0] < SMALLEST:
+            out_br[b] = 0
             continue
+        scale = float_1[0] * widest / widest
+        float_1[0] = scale
+        for place in range(4):
+            out_br[b, place] = np.uint8(cell_1[0] >> np.int32(8 * place))
         for j in range(n):
-            step = row_n[j] / scale
-            step = top if step > top else step
-            step = -top if step < -top else step
-            shifted_n[j] = step + ROUND
-        for j in range(n):
-            out_n[j] = bits_n[j]
+            step = x_bn[b, j] / scale
+            step = widest if step > widest else step
+            step = -widest if step < -widest else step
+            out_br[b, 4 + j] = np.uint8(np.int32((step + ROUND) - ROUND))
+    return -1
 
 
 @jit
-def int8_unpack(records_br: Octets, scale_b: Floats, out_bn: Floats) -> None:
-    """See `Kernels.int8_unpack`."""
+def int8_read(records_br: Octets, out_bn: Floats) -> int:
+    """See `Packing.read`."""
     blocks, n = out_bn.shape
-    signed_br = records_br.view(np.int8)
+    step_br = records_br.view(np.int8)
+    cell_1 = np.empty(1, np.int32)
+    float_1 = cell_1.view(np.float32)
+    widest = np.float32(127)
     for b in range(blocks):
-        scale, row_n, step_n = scale_b[b], out_bn[b], signed_br[b, 4:]
+        bits = np.int32(0)
+        for place in range(4):
+            bits |= np.int32(records_br[b, place]) << np.int32(8 * place)
+        cell_1[0] = bits
+        bits, scale = cell_1[0], float_1[0]  # back from 64 bits
+        if bits != 0 and not (bits >= SMALLEST and scale <= INT8_SCALE_MAX):
+            return b * KINDS + SCALE
+        if scale * widest / widest != scale:
+            return b * KINDS + UNSETTLED
+        top, bottom = np.int8(0), np.int8(0)
         for j in range(n):
-            row_n[j] = np.float32(step_n[j]) * scale
-
-
-@jit
-def _measure(x_bn: Floats, absmax_b: Floats, level_bn: Levels, found_4b: Integers) -> None:
-    blocks, n = x_bn.shape
-    for b in range(blocks):
-        row_n, level_n = x_bn[b], level_bn[b]
-        absmax = absmax_b[b] if absmax_b[b] > 0 else np.float32(1)
-        total = 0
+            step = step_br[b, 4 + j]
+            top, bottom = step if step > top else top, step if step < bottom else bottom
+        if bottom == -128:
+            return b * KINDS + UNUSED_CODE
+        if max(np.int32(top), -np.int32(bottom)) != (127 if bits else 0):
+            return b * KINDS + NARROW
         for j in range(n):
-            level_n[j] = np.int32(abs(row_n[j]) / absmax * LEVEL_SCALE)
-            total += level_n[j]
-        threshold = min(total * 5 // (4 * n) + 1, LEVEL_MAX)
-        high_sum, high_count = 0, 0
-        for step in range(REFINEMENTS + 1):
-            high_sum, high_count = 0, 0
-            limit = np.int32(threshold)
-            for j in range(n):
-                high_sum += level_n[j] if level_n[j] >= limit else 0
-                high_count += 1 if level_n[j] >= limit else 0
-            if step < REFINEMENTS and 0 < high_count < n:
-                threshold = ((total - high_sum) // (n - high_count) + high_sum // high_count + 1) // 2
-        found_4b[0, b], found_4b[1, b], found_4b[2, b], found_4b[3, b] = threshold, total, high_sum, high_count
-
-
-def q2_measure(x_bn: Floats, absmax_b: Floats) -> Split:
-    """See `Kernels.q2_measure`."""
-    level_bn = np.empty(x_bn.shape, np.int32)
-    found_4b = np.empty((4, len(x_bn)), np.int64)
-    _measure(x_bn, absmax_b, level_bn, found_4b)
-    return Split(level_bn, *found_4b)
+            out_bn[b, j] = np.float32(step_br[b, 4 + j]) * scale
+    return -1
 
 
 @jit
-def q2_pack(
-    x_bn: Floats, level_bn: Levels, threshold_b: Integers, low_is_zero_b: NDArray[np.bool_], out_br: Octets
-) -> None:
-    """See `Kernels.q2_pack`."""
+def _packed_scale(top: Number, widest: Number, scale_max: Number, cell_1: Words, out_br: Octets, b: int) -> Number:
+    """1 / the bf16 scale of block b, after the scale is written; 0 if it is too small. `cell_1` is scratch."""
+    float_1 = cell_1.view(np.float32)
+    cell_1[0] = top
+    float_1[0] = float_1[0] / widest
+    scale_bits = min(bf16_bits(cell_1[0]), scale_max)
+    cell_1[0] = scale_bits << 16
+    if cell_1[0] < SMALLEST:
+        return np.float32(0)
+    out_br[b, 0], out_br[b, 1] = np.uint8(scale_bits & 255), np.uint8(scale_bits >> 8)
+    return np.float32(1) / float_1[0]
+
+
+@jit
+def int4_write(x_bn: Floats, out_br: Octets) -> int:
+    """See `Packing.write`."""
     blocks, n = x_bn.shape
-    quarter = out_br.shape[1] - 4
-    zero = np.float32(0)
+    half = out_br.shape[1] - 2
+    bits_bn, cell_1 = x_bn.view(np.int32), np.empty(1, np.int32)
+    widest, mask = np.float32(7), np.int32(15)
     for b in range(blocks):
-        limit, out_q, row_n, level_n = np.int32(threshold_b[b]), out_br[b, 4:], x_bn[b], level_bn[b]
-        signs = np.uint8(0 if low_is_zero_b[b] else 2)
-        out_q[:] = 0
-        for slot in range(4):
-            first = min(slot * quarter, n)
-            part_q, part_level_q = row_n[first : first + quarter], level_n[first : first + quarter]
-            shift = np.uint8(2 * slot)
-            for j in range(len(part_q)):
-                high = part_level_q[j] >= limit
-                sign = np.uint8(2) if high else signs
-                code = (sign if part_q[j] < zero else np.uint8(0)) | np.uint8(high)
-                out_q[j] |= np.uint8(code << shift)
+        top = top_of(bits_bn, b)
+        if top >= INFINITE:
+            return b
+        inverse = _packed_scale(top, widest, INT4_SCALE_MAX, cell_1, out_br, b)
+        if inverse == 0:
+            out_br[b] = 0
+            continue
+        for j in range(n - half):
+            low = code_of(x_bn[b, j], inverse, widest, mask)
+            high = np.int32(code_of(x_bn[b, half + j], inverse, widest, mask) << 4)
+            out_br[b, 2 + j] = np.uint8(np.int32(low | high))
+        for j in range(n - half, half):
+            out_br[b, 2 + j] = np.uint8(code_of(x_bn[b, j], inverse, widest, mask))
+    return -1
 
 
 @jit
-def q2_unpack(records_br: Octets, low_b: Floats, high_b: Floats, out_bn: Floats) -> None:
-    """See `Kernels.q2_unpack`."""
+def int2_write(x_bn: Floats, out_br: Octets) -> int:
+    """See `Packing.write`."""
+    blocks, n = x_bn.shape
+    share = out_br.shape[1] - 2
+    bits_bn, cell_1 = x_bn.view(np.int32), np.empty(1, np.int32)
+    widest, mask, full = np.float32(1), np.int32(3), max(n - 3 * share, 0)
+    for b in range(blocks):
+        top = top_of(bits_bn, b)
+        if top >= INFINITE:
+            return b
+        inverse = _packed_scale(top, widest, INT2_SCALE_MAX, cell_1, out_br, b)
+        if inverse == 0:
+            out_br[b] = 0
+            continue
+        for j in range(full):
+            one = code_of(x_bn[b, j], inverse, widest, mask)
+            two = np.int32(code_of(x_bn[b, share + j], inverse, widest, mask) << 2)
+            three = np.int32(code_of(x_bn[b, 2 * share + j], inverse, widest, mask) << 4)
+            four = np.int32(code_of(x_bn[b, 3 * share + j], inverse, widest, mask) << 6)
+            out_br[b, 2 + j] = np.uint8(np.int32(one | two | three | four))
+        for j in range(full, share):
+            out_br[b, 2 + j] = 0
+            for place in range(j, n, share):
+                code = code_of(x_bn[b, place], inverse, widest, mask)
+                out_br[b, 2 + j] |= np.uint8(code << np.int32(place // share * 2))
+    return -1
+
+
+@jit
+def _packed_fault(scale_bits: Number, scale_max: Number, top: Number, bottom: Number, past: Number, widest: int) -> int:
+    """What is wrong with a record of these extremes; -1 for nothing."""
+    if scale_bits != 0 and not 0x80 <= scale_bits <= scale_max:
+        return SCALE
+    if past:
+        return PAST_END
+    if bottom < -widest:
+        return UNUSED_CODE
+    return NARROW if max(top, -bottom) != (widest if scale_bits else 0) else -1
+
+
+@jit
+def int4_read(records_br: Octets, out_bn: Floats) -> int:
+    """See `Packing.read`."""
     blocks, n = out_bn.shape
-    quarter = records_br.shape[1] - 4
+    half = records_br.shape[1] - 2
+    cell_1 = np.empty(1, np.int32)
+    float_1 = cell_1.view(np.float32)
     for b in range(blocks):
-        low, high, byte_q, row_n = low_b[b], high_b[b], records_br[b, 4:], out_bn[b]
-        for slot in range(4):
-            first = min(slot * quarter, n)
-            part_q = row_n[first : first + quarter]
-            is_high, is_negative = np.uint8(1 << (2 * slot)), np.uint8(2 << (2 * slot))
-            for j in range(len(part_q)):
-                magnitude = high if byte_q[j] & is_high else low
-                part_q[j] = -magnitude if byte_q[j] & is_negative else magnitude
+        scale_bits = np.int32(records_br[b, 0]) | np.int32(records_br[b, 1]) << np.int32(8)
+        cell_1[0] = scale_bits << 16
+        scale = float_1[0]
+        top, bottom, past = np.int32(0), np.int32(0), np.uint8(0)
+        for j in range(half):
+            byte = np.int32(records_br[b, 2 + j])
+            low, high = signed(byte & 15, 8), signed(byte >> 4, 8)
+            top, bottom = larger(top, larger(low, high)), smaller(bottom, smaller(low, high))
+        for j in range(n - half):
+            out_bn[b, half + j] = np.float32(signed(np.int32(records_br[b, 2 + j]) >> 4, 8)) * scale
+        for j in range(half):
+            out_bn[b, j] = np.float32(signed(np.int32(records_br[b, 2 + j]) & 15, 8)) * scale
+        for j in range(n - half, half):
+            past = records_br[b, 2 + j] & np.uint8(0xF0)
+        fault = _packed_fault(scale_bits, INT4_SCALE_MAX, top, bottom, past, 7)
+        if fault >= 0:
+            return b * KINDS + fault
+    return -1
 
 
 @jit
-def _kth_magnitude(bits_n: NDArray[np.uint32], k: int, count_h: Levels) -> tuple[int, int]:
-    """The k-th largest of 31-bit numbers, and how many equal ones are among the k: radix digits of 11, 10, 10 bits."""
-    found, left = 0, k
-    for shift, width in ((20, 11), (10, 10), (0, 10)):
-        count_h[: 1 << width] = 0
-        mask = (1 << width) - 1
-        for j in range(len(bits_n)):
-            magnitude = np.int64(bits_n[j] & np.uint32(0x7FFFFFFF))
-            if magnitude >> (shift + width) == found:
-                count_h[(magnitude >> shift) & mask] += 1
-        digit = mask
-        while count_h[digit] < left:
-            left -= count_h[digit]
-            digit -= 1
-        found = (found << width) | digit
-    return found, left
-
-
-@jit
-def topk_select(x_bn: Floats, k: int) -> Integers:
-    """See `Kernels.topk_select`."""
-    blocks, n = x_bn.shape
-    index_bk = np.empty((blocks, k), np.int64)
-    count_h = np.empty(1 << 11, np.int32)
+def int2_read(records_br: Octets, out_bn: Floats) -> int:
+    """See `Packing.read`."""
+    blocks, n = out_bn.shape
+    share = records_br.shape[1] - 2
+    cell_1 = np.empty(1, np.int32)
+    float_1 = cell_1.view(np.float32)
+    full = max(n - 3 * share, 0)
     for b in range(blocks):
-        bits_n = x_bn[b].view(np.uint32)
-        kth, ties = _kth_magnitude(bits_n, k, count_h)
-        position = 0
-        for j in range(n):
-            magnitude = np.int64(bits_n[j] & np.uint32(0x7FFFFFFF))
-            if magnitude > kth or (magnitude == kth and ties > 0):
-                ties -= magnitude == kth
-                index_bk[b, position] = j
-                position += 1
-    return index_bk
+        scale_bits = np.int32(records_br[b, 0]) | np.int32(records_br[b, 1]) << np.int32(8)
+        cell_1[0] = scale_bits << 16
+        scale = float_1[0]
+        top, bottom, past = np.int32(0), np.int32(0), np.int32(0)
+        for j in range(share):
+            byte = np.int32(records_br[b, 2 + j])
+            one, two = signed(byte & 3, 2), signed(byte >> 2 & 3, 2)
+            three, four = signed(byte >> 4 & 3, 2), signed(byte >> 6, 2)
+            top = larger(top, larger(larger(one, two), larger(three, four)))
+            bottom = smaller(bottom, smaller(smaller(one, two), smaller(three, four)))
+        for j in range(full):
+            out_bn[b, j] = np.float32(signed(np.int32(records_br[b, 2 + j]) & 3, 2)) * scale
+        for j in range(full):
+            out_bn[b, share + j] = np.float32(signed(np.int32(records_br[b, 2 + j]) >> 2 & 3, 2)) * scale
+        for j in range(full):
+            out_bn[b, 2 * share + j] = np.float32(signed(np.int32(records_br[b, 2 + j]) >> 4 & 3, 2)) * scale
+        for j in range(full):
+            out_bn[b, 3 * share + j] = np.float32(signed(np.int32(records_br[b, 2 + j]) >> 6, 2)) * scale
+        for j in range(full, share):
+            for slot in range(4):
+                code, place = np.int32(records_br[b, 2 + j]) >> (2 * slot) & 3, slot * share + j
+                if place < n:
+                    out_bn[b, place] = np.float32(signed(code, 2)) * scale
+                else:
+                    past |= code
+        fault = _packed_fault(scale_bits, INT2_SCALE_MAX, top, bottom, past, 1)
+        if fault >= 0:
+            return b * KINDS + fault
+    return -1
 
 
-KERNELS = Kernels(int8_pack, int8_unpack, q2_measure, q2_pack, q2_unpack, topk_select)
+KERNELS = Kernels(
+    fp32=Packing(fp32_write, fp32_read),
+    bf16=Packing(bf16_write, bf16_read),
+    int8=Packing(int8_write, int8_read),
+    int4=Packing(int4_write, int4_read),
+    int2=Packing(int2_write, int2_read),
+    q2=Packing(q2_write, q2_read),
+    carry=carry,
+    take_away=take_away,
+    top_bits=top_bits,
+    square_sum=square_sum,
+    topk_select=topk_select,
+)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from farflung.compression.entropy.layout import BYTES, CODABLE_MIN, CODES, ELIAS, PLANE, PLANES, Cut
 from farflung.compression.kernels import Octets
@@ -41,6 +42,8 @@ from farflung.compression.kernels.rice import (
     signed,
     words_of,
 )
+
+Lengths = NDArray[np.uint32]
 
 MOVED_MIN = 32
 """From this many bytes on, setting up a vectorised copy pays."""
@@ -309,3 +312,32 @@ def decode_piece(in_r: Octets, at: int, part_p5: Cut, field_f6: Cut, records_br:
             if end != NOT_SMALLER:
                 return NOT_SORTED if end == NOT_SORTED else NOT_SMALLER
     return at
+
+
+@jit
+def encode_sections(
+    records_br: Octets, per: int, part_p5: Cut, field_f6: Cut, out_r: Octets, at: int, length_s: Lengths
+) -> int:
+    """Pieces of `per` records each, the last maybe of fewer, one after the other from byte `at` of out_r on; the end,
+    or NOT_SORTED. Adds to their lengths, since a short record makes a second piece in its section."""
+    for s in range((len(records_br) + per - 1) // per):
+        end = encode_piece(records_br[s * per : (s + 1) * per], part_p5, field_f6, out_r, at)
+        if end < 0:
+            return end
+        length_s[s] += np.uint32(end - at)
+        at = end
+    return at
+
+
+@jit
+def decode_sections(
+    in_r: Octets, end_s: Cut, at_s: Cut, per: int, part_p5: Cut, field_f6: Cut, records_br: Octets
+) -> int:
+    """The inverse: each piece starts at byte at_s[s], which becomes its end, and no byte from end_s[s] on is read."""
+    for s in range((len(records_br) + per - 1) // per):
+        section_br = records_br[s * per : (s + 1) * per]
+        at = decode_piece(in_r[: end_s[s]], at_s[s], part_p5, field_f6, section_br)
+        if at < 0:
+            return at
+        at_s[s] = at
+    return 0

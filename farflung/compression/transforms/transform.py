@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from farflung.compression.codec import Codec, Link, Reader
+from farflung.compression.codec import Codec, Link, Reader, Records
 from farflung.compression.scheme import Floats
 from farflung.compression.transforms.derived import admit, prefixed, unprefixed
 from farflung.protocol.rows import Verdict
@@ -79,6 +79,10 @@ def transformed(change: Transform, inner: Codec) -> Codec:
     def tune(private: Carried, link: Link) -> Carried:
         return private._replace(inner=inner.tune(private.inner, link))
 
+    def records(payload: bytes, schema: Schema, round_index: int) -> list[Records]:
+        found: list[Records] = inner.records(payload, change.derived(schema), round_index) if inner.records else []
+        return found
+
     return Codec(
         spec=f"{change.name}|{inner.spec}",
         exact=inner.exact,
@@ -92,4 +96,5 @@ def transformed(change: Transform, inner: Codec) -> Codec:
         restore_private=restore_private,
         restore_shared=lambda schema, tensors: inner.restore_shared(change.derived(schema), tensors),
         tune=tune,
+        records=records if inner.records else None,
     )

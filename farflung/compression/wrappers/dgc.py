@@ -99,6 +99,7 @@ def dgc(momentum: float, clip: float | None, inner: Codec) -> Codec:
         private_tensors=private_tensors,
         restore_private=restore_private,
         ahead=lambda private: None,
+        stream=None,
     )
 
 

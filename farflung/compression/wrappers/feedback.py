@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from farflung.compression.codec import Codec
+from farflung.compression.codec import Codec, Row
 from farflung.compression.grammar import Arguments
-from farflung.compression.scheme import strides
+from farflung.compression.kernels import ABS_MAX_BITS, fastest
+from farflung.compression.parts import decimal_text
+from farflung.compression.scheme import Floats, numbers_of, spread, strides
 from farflung.compression.stage import Body, Stage, on_codec
 from farflung.protocol.errors import LocalError
 from farflung.protocol.limits import PAYLOAD_ABS_MAX
@@ -25,16 +30,21 @@ class Feedback(NamedTuple):
     inner: Any
 
 
-def error_feedback(beta: float, inner: Codec) -> Codec:
+def error_feedback(beta: float, inner: Codec, *, bound: float | None = None, fused: bool = True) -> Codec:
     """Send inner(beta e + update) and keep e = beta e + update - decoded bytes (arXiv:1901.09847, Alg. 2; DESIGN §3).
 
-    With beta = 1 and no reset, the sum of everything sent plus e is the sum of all updates. beta < 1 forgets:
-    SparseLoCo uses 0.95 in place of outer momentum (arXiv:2508.15706). The e of an encode is tentative until `observe`:
-    it stays unless the verdict is ANOMALY, which zeroes it. A member that abstained did not encode, so its e is the old
-    one. All work is done in e's own memory. `encode` raises LocalError, before it touches e, if an entry of the update
-    is not finite or beyond PAYLOAD_ABS_MAX: e would be poisoned for good. What a format cannot carry (saturation,
-    underflow) stays in e. Costs nothing on the wire.
+    With beta = 1, no bound and no reset, the sum of everything sent plus e is the sum of all updates. beta < 1 forgets:
+    SparseLoCo uses 0.95 in place of outer momentum (arXiv:2508.15706). With `bound`, an e longer than bound x
+    ||update|| of this round is scaled down to that length (norms in fp64, in a fixed order); an update of zero clears
+    it. The e of an encode is tentative until `observe`: it stays unless the verdict is ANOMALY, which zeroes it. A
+    member that abstained did not encode, so its e is the old one. All work is done in e's own memory. `encode` raises
+    LocalError, before it touches e, if an entry of the update is not finite or beyond PAYLOAD_ABS_MAX: e would be
+    poisoned for good. What a format cannot carry (saturation, underflow) stays in e. Costs nothing on the wire.
+
+    `fused`, if `inner` writes run after run: each is added up, written, decoded and subtracted while it is in the
+    cache; the bytes and e are the same.
     """
+    send = _by_run(inner) if fused and inner.stream else _whole(inner)
 
     def init(schema: Schema) -> tuple[Feedback, Any]:
         private, shared = inner.init(schema)
@@ -42,21 +52,10 @@ def error_feedback(beta: float, inner: Codec) -> Codec:
 
     def encode(update_d: Tensor, private: Feedback, shared: Any, round_index: int) -> tuple[bytes, Feedback]:
         error_d = private.error_d
-        _refuse_wild(update_d, error_d)
-        for start, stop in strides(0, len(error_d)):
-            window_d = error_d[start:stop]
-            if beta != 1:
-                window_d.mul_(beta)
-            window_d.add_(update_d[start:stop].detach().cpu())
-        payload, inner_private = inner.encode(error_d, private.inner, shared, round_index)
-        read = inner.open(payload, private.schema, shared, round_index)
-        for start, stop in strides(0, len(error_d)):
-            row = read(start, stop)
-            window_d = error_d[start:stop]
-            if isinstance(row, DenseRow):
-                window_d.sub_(row.value_d)
-            else:
-                window_d[row.index_k] -= row.value_k
+        _refuse_wild(update_d, error_d, inner.scheme.threads if inner.scheme else 1)
+        payload, inner_private = send(np.float32(beta), update_d, private, shared, round_index)
+        if bound is not None:
+            shorten(error_d, bound * length(update_d))
         return payload, private._replace(inner=inner_private)
 
     def observe(private: Feedback, verdict: Verdict) -> Feedback:
@@ -76,40 +75,122 @@ def error_feedback(beta: float, inner: Codec) -> Codec:
         inside = {name.removeprefix("inner."): tensor for name, tensor in tensors.items() if name.startswith("inner.")}
         return Feedback(error_d.cpu().contiguous().clone(), schema, inner.restore_private(schema, inside))
 
+    limit = "" if bound is None else f", bound={decimal_text(bound)}"
     return inner._replace(
-        spec=f"ef({beta:g})|{inner.spec}",
+        spec=f"ef({decimal_text(beta)}{limit})|{inner.spec}",
         init=init,
         encode=encode,
         observe=observe,
         private_tensors=private_tensors,
         restore_private=restore_private,
+        ahead=lambda private: inner.ahead(private.inner),
+        stream=None,
+        tune=lambda private, link: private._replace(inner=inner.tune(private.inner, link)),
     )
 
 
-def _refuse_wild(update_d: Tensor, error_d: Tensor) -> None:
+Send = Callable[[np.float32, Tensor, Feedback, Any, int], tuple[bytes, Any]]
+"""(beta, update_d, private, shared, round) -> (payload, the inner codec's state); e is what is left."""
+
+
+def _whole(inner: Codec) -> Send:
+    """For any codec: each step over the whole vector."""
+
+    def send(beta: np.float32, update_d: Tensor, private: Feedback, shared: Any, round_index: int) -> tuple[bytes, Any]:
+        error_d, numbers, carry = private.error_d.numpy(), numbers_of(update_d), fastest().carry
+        for start, stop in strides(0, len(error_d)):
+            carry(error_d[start:stop], numbers(start, stop), beta)
+        payload, inner_private = inner.encode(private.error_d, private.inner, shared, round_index)
+        read = inner.open(payload, private.schema, shared, round_index)
+        for start, stop in strides(0, len(error_d)):
+            _subtract(error_d[start:stop], read(start, stop))
+        return payload, inner_private
+
+    return send
+
+
+class Carrying(NamedTuple):
+    """The source (see `scheme.Source`) of beta e + update, made in e's own memory, from which what is sent is taken."""
+
+    error_d: Floats
+    numbers: Callable[[int, int], Floats]
+    beta: np.float32
+    listens: bool = True
+
+    def take(self, start: int, stop: int) -> Floats:
+        """beta e + update."""
+        window_d = self.error_d[start:stop]
+        fastest().carry(window_d, self.numbers(start, stop), self.beta)
+        return window_d
+
+    def give(self, start: int, stop: int, row: Row) -> None:
+        """e = what was wanted - what is sent."""
+        _subtract(self.error_d[start:stop], row)
+
+
+def _by_run(inner: Codec) -> Send:
+    """For codecs that write run after run: all steps on one run after the other, or on several threads."""
+
+    def send(beta: np.float32, update_d: Tensor, private: Feedback, shared: Any, round_index: int) -> tuple[bytes, Any]:
+        if inner.stream is None:
+            raise LocalError(f"{inner.spec} does not write run after run")
+        source = Carrying(private.error_d.numpy(), numbers_of(update_d), beta)
+        return inner.stream(source, private.schema, round_index), private.inner
+
+    return send
+
+
+def _subtract(window_d: Floats, row: Row) -> None:
+    if isinstance(row, DenseRow):
+        window_d -= row.value_d.numpy()
+    else:
+        fastest().take_away(window_d, row.index_k.numpy(), row.value_k.numpy())
+
+
+def length(vector_d: Tensor) -> float:
+    """Euclidean norm in fp64: the same bits for the same vector, wherever it lives."""
+    numbers, square_sum = numbers_of(vector_d), fastest().square_sum
+    return math.sqrt(sum(square_sum(numbers(start, stop)) for start, stop in strides(0, len(vector_d))))
+
+
+def shorten(error_d: Tensor, most: float) -> None:
+    """Scale a vector on the CPU, in place, to that length if it is longer."""
+    found = length(error_d)
+    if found > most:
+        error_d.mul_(most / found)
+
+
+def _refuse_wild(update_d: Tensor, error_d: Tensor, threads: int) -> None:
     if update_d.shape != error_d.shape or update_d.dtype != torch.float32:
         raise LocalError(f"an update has {len(error_d)} fp32, got {update_d.dtype} of shape {tuple(update_d.shape)}")
-    low, high = (float(end) for end in update_d.detach().aminmax())
-    if not -PAYLOAD_ABS_MAX <= low <= high <= PAYLOAD_ABS_MAX:
-        raise LocalError(f"an update must be finite and at most {PAYLOAD_ABS_MAX:g}, got {low:g} to {high:g}")
+    numbers, top_bits = numbers_of(update_d), fastest().top_bits
+
+    def refuse(start: int, stop: int) -> None:
+        if (found := top_bits(numbers(start, stop))) > ABS_MAX_BITS:
+            largest = float(np.uint32(found).view(np.float32))
+            raise LocalError(f"an update must be finite and at most {PAYLOAD_ABS_MAX:g}, got {largest:g}")
+
+    spread(refuse, len(error_d), threads)
 
 
 def _build(arguments: Arguments, inner: Body | None, parse: Any) -> Body:
     beta = arguments.decimal("beta", 0.001, 1)
+    given = any(item.key == "bound" for item in arguments.stage.arguments) or len(arguments.stage.arguments) > 1
+    bound = arguments.decimal("bound", 0.001, 1000) if given else None
     arguments.end()
-    return error_feedback(beta, on_codec(inner, arguments.stage))
+    return error_feedback(beta, on_codec(inner, arguments.stage), bound=bound)
 
 
 STAGES = (
     Stage(
         "ef",
         "wrapper",
-        "ef(beta)",
-        "Error feedback: what a round did not send is carried into the next, times beta.",
+        "ef(beta, bound=B)",
+        "Error feedback: what a round did not send is carried into the next, times beta; at most B updates long.",
         "0",
         "private: 1 vector",
         "arXiv:1901.09847, Alg. 2",
         _build,
-        ("ef(1)|bf16",),
+        ("ef(1)|bf16", "ef(0.9, bound=0.5)|int2", "ef(1, bound=2)|topk(64/4096)|q2"),
     ),
 )
