@@ -1,31 +1,33 @@
 """What compressing, checking, combining and hashing cost per core here, beside the table that the simulator charges.
 
 python benchmarks/service_costs.py
+
+Codecs are timed as wholes and their parts fitted to them (see codec_costs.py); presets, which are not among them, say
+how good the sum of the parts is. Ends with the table as source, to be pasted into farflung/sim/measured_costs.py.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from report import arguments, noise, publish
+from codec_costs import WINDOW, codec_ns, least_ns, normal_update, parts_ns, schema_for
+from report import arguments, console, noise, publish
 from torch import Tensor
 
 from farflung.aggregation.network import median_network
 from farflung.aggregation.outer import momentum_gain, norm, parse_outer
 from farflung.aggregation.registry import parse_rule
 from farflung.aggregation.rule import Context
-from farflung.compression.parse import parse_codec
+from farflung.compression.presets import PRESETS
 from farflung.protocol.blob import chunk_digest
 from farflung.protocol.rows import DenseRow, SparseRow
-from farflung.protocol.schema import Schema, TensorSpec
-from farflung.sim.service_costs import NANOSECONDS, ServiceCosts
+from farflung.sim.codec_costs import STEPS
+from farflung.sim.measured_costs import NANOSECONDS
+from farflung.sim.service_costs import ServiceCosts
 
-WINDOW = 1 << 16
-KEPT = ((16, 4096), (256, 4096), (64, 1024), (16, 256), (64, 256))
 STRIDE = 16
 """One coordinate of so many in the sparse rows that the mean adds."""
 
@@ -45,66 +47,6 @@ class Held:
         per = len(row.index_k) // (self.d // WINDOW)
         part = slice(start // WINDOW * per, stop // WINDOW * per)
         return SparseRow(stop - start, row.index_k[part] - start, row.value_k[part])
-
-
-def least_ns(work: Callable[[], object], units: float, repeats: int) -> float:
-    """The fastest of several runs, per unit, in this thread's CPU time: other processes only ever add."""
-    work()  # compiles, and touches the memory
-    best = float("inf")
-    for _ in range(repeats):
-        began = time.thread_time()
-        work()
-        best = min(best, time.thread_time() - began)
-    return 1e9 * best / units
-
-
-def codec_ns(spec: str, update_d: Tensor, repeats: int) -> dict[str, float]:
-    """Encode, decode all windows, check: nanoseconds per coordinate."""
-    codec, d = parse_codec(spec), len(update_d)
-    schema = Schema((TensorSpec("weight", (d,), "float32"),))
-    private, shared = codec.init(schema)
-    payload, _ = codec.encode(update_d, private, shared, 1)
-
-    def decode() -> None:
-        for start in range(0, d, WINDOW):
-            codec.decode(payload, schema, shared, 1, start, min(start + WINDOW, d))
-
-    return {
-        "encode": least_ns(lambda: codec.encode(update_d, private, shared, 1), d, repeats),
-        "decode": least_ns(decode, d, repeats),
-        "check": least_ns(lambda: codec.check(payload, schema, shared, 1), d, repeats),
-    }
-
-
-def topk_ns(update_d: Tensor, repeats: int) -> dict[str, float]:
-    """Fits cost = per coordinate + per chunk + per kept coordinate over several k and chunks, with fp32 values."""
-    costs = [codec_ns(f"topk({k}/{chunk})|fp32", update_d, repeats) for k, chunk in KEPT]
-    kept = np.array([k / chunk for k, chunk in KEPT])
-    ones, chunks = np.ones_like(kept), np.array([1 / chunk for _, chunk in KEPT])
-
-    def fit(step: str, *columns: Any) -> list[float]:
-        return np.linalg.lstsq(np.stack(columns, 1), np.array([cost[step] for cost in costs]), rcond=None)[0].tolist()
-
-    scan, per_chunk, write = fit("encode", ones, chunks, kept)
-    plain, coded = codec_ns("topk(64/4096)|fp32", update_d, repeats), codec_ns("topk(64/4096)|q2", update_d, repeats)
-    (visit, read), (look, check) = fit("decode", ones, kept), fit("check", ones, kept)
-    return {
-        "topk.scan": scan,
-        "topk.chunk": per_chunk,
-        "topk.write": write,
-        "topk.visit": visit,
-        "topk.read": read,
-        "topk.look": look,
-        "topk.check": check,
-        "topk.code": coded["encode"] - plain["encode"],
-        "topk.uncode": coded["decode"] - plain["decode"],
-    }
-
-
-def feedback_ns(update_d: Tensor, repeats: int) -> float:
-    """Error feedback around fp32, without encoding and decoding."""
-    plain = codec_ns("fp32", update_d, repeats)
-    return codec_ns("ef(0.95)|fp32", update_d, repeats)["encode"] - plain["encode"] - plain["decode"]
 
 
 def rule_ns(spec: str, rows: Held, out_d: Tensor, repeats: int) -> float:
@@ -165,35 +107,38 @@ def hash_ns(update_d: Tensor, repeats: int) -> float:
 
 
 def measure(d: int, repeats: int) -> dict[str, float]:
-    update_d = torch.randn(d, generator=torch.Generator().manual_seed(0)) * 1e-3
-    found: dict[str, float] = {}
-    for name in ("fp32", "bf16", "int8", "q2"):
-        costs = codec_ns(name, update_d, repeats)
-        found |= {f"{name}.{step}": cost for step, cost in costs.items()}
-    found |= topk_ns(update_d, repeats)
-    found["ef"] = feedback_ns(update_d, repeats)
+    """Every row of the table."""
+    update_d = normal_update(d, 0)
+    found = parts_ns(update_d, repeats, lambda spec: console.print(f"  {spec}", style="dim", highlight=False))
     found |= aggregation_ns(update_d, repeats) | outer_ns(update_d, repeats)
-    found["hash"] = hash_ns(update_d, repeats)
-    return found
-
-
-WHOLE = ("fp32", "ef(1)|int8", "ef(1)|q2", "ef(0.95)|topk(64/4096)|q2")
+    return found | {"hash": hash_ns(update_d, repeats)}
 
 
 def whole_rows(update_d: Tensor, repeats: int) -> list[dict[str, Any]]:
-    """Whole codecs as the simulator adds them up, beside their time here."""
+    """Every preset as the simulator adds it up, beside its time here. None of them is among the fitted codecs."""
     rows = []
-    for spec in WHOLE:
-        costs = ServiceCosts(spec)
+    for name, preset in PRESETS.items():
+        costs = ServiceCosts(preset.spec, schema=schema_for(len(update_d)))
         charged = {"encode": costs.encode_s(1), "decode": costs.decode_s(1), "check": costs.check_s(1)}
-        for step, here in codec_ns(spec, update_d, repeats).items():
-            rows.append({"codec": spec, "step": step, "ns here": here, "charged": 1e9 * charged[step]})
+        for step, here in codec_ns(preset.spec, update_d, repeats).items():
+            rows.append({"codec": name, "step": step, "ns here": here, "charged": 1e9 * charged[step]})
     return [row | {"here / charged": row["ns here"] / row["charged"]} for row in rows]
+
+
+def source(found: Mapping[str, float]) -> Iterator[str]:
+    """The table as farflung/sim/measured_costs.py has it, three digits each."""
+    parts = sorted({row.rpartition(".")[0] for row in found if row.rpartition(".")[2] in STEPS})
+    for part in parts:
+        told = [f"{name}={found[f'{part}.{name}']:.3g}" for name in STEPS if f"{part}.{name}" in found]
+        yield f"    **_part({part!r}, {', '.join(told)}),".replace("'", '"')
+    for row, ns in found.items():
+        if row.rpartition(".")[2] not in STEPS:
+            yield f'    "{row}": {ns:.3g},'
 
 
 def main() -> None:
     parser = arguments(__doc__ or "")
-    parser.add_argument("--params", type=int, default=1 << 23, help="length of the vector; a multiple of 65536")
+    parser.add_argument("--params", type=int, default=1 << 22, help="length of the vector; a multiple of 65536")
     parser.add_argument("--repeats", type=int, default=5, help="runs of each; the fastest counts")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -201,16 +146,18 @@ def main() -> None:
     rows = [
         {
             "cost": name,
-            "ns here": round(ns, 4),
-            "ns in the table": NANOSECONDS[name],
-            "here / table": ns / NANOSECONDS[name],
+            "ns here": ns,
+            "ns in the table": NANOSECONDS.get(name),
+            "here / table": ns / NANOSECONDS[name] if NANOSECONDS.get(name) else None,
         }
         for name, ns in found.items()
     ]
-    whole = whole_rows(torch.randn(options.params, generator=torch.Generator().manual_seed(1)) * 1e-3, options.repeats)
-    notes = ("ns per coordinate, per kept coordinate (topk, mean.kept) or per byte (hash), on one core", noise())
+    whole = whole_rows(normal_update(options.params, 1), options.repeats)
+    notes = ("units as in farflung/sim/measured_costs.py, on one core", noise())
     publish(options.out, "service_costs", rows, title=f"{options.params:,} parameters", notes=notes)
     publish(options.out, "service_costs_whole", whole, title="whole codecs, ns per coordinate", notes=(noise(),))
+    for line in source(found):
+        print(line)
 
 
 if __name__ == "__main__":

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import math
+import re
+import statistics
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import pytest
 
 from farflung.aggregation.outer import parse_outer
 from farflung.aggregation.registry import parse_rule
+from farflung.compression import registry
 from farflung.compression.parse import codec_presets, parse_codec
 from farflung.protocol.errors import ConfigError
+from farflung.protocol.schema import Schema, TensorSpec
+from farflung.sim.codec_costs import CODERS, FORMATS, SPARSIFIERS, usual_schema
+from farflung.sim.coded_share import coded_share
 from farflung.sim.compute import (
     GPUS,
     Slowdown,
@@ -23,7 +30,8 @@ from farflung.sim.compute import (
     usual_layers,
 )
 from farflung.sim.rng import stream
-from farflung.sim.service_costs import NANOSECONDS, ServiceCosts
+from farflung.sim.service_costs import NANOSECONDS, USUAL, ServiceCosts
+from farflung.sim.wrapper_costs import WRAPPERS
 
 
 @dataclass(frozen=True)
@@ -150,23 +158,68 @@ def test_slowdowns_multiply_with_contention():
 
 @pytest.mark.parametrize("spec", [*codec_presets(), "topk(16/256)|int8", "q2(block=128)"])
 def test_no_codec_is_free(spec):
-    costs = ServiceCosts(spec)
-    canonical = ServiceCosts(parse_codec(spec).spec)
+    text = parse_codec(spec).spec
+    costs, canonical = ServiceCosts(spec), ServiceCosts(text)
+    low = 1e-4 if "lowrank" in text else 0.02
     for cost in (ServiceCosts.encode_s, ServiceCosts.decode_s, ServiceCosts.check_s):
-        assert 0.1 < cost(costs, 1e9) < 100  # a billion parameters: a fraction of a second to a minute
+        assert low < cost(costs, 1e9) < 200  # a billion parameters: seconds, and little where only factors travel
         assert cost(costs, 1e9) == cost(canonical, 1e9) == 2 * cost(costs, 5e8)
 
 
-@pytest.mark.parametrize("spec", ["lowrank(4)", "ef(1)|", "topk(64/4096)", "topk(64/4096)|lowrank(4)", "q2|rice", ""])
-def test_an_unmeasured_codec_is_refused(spec):
-    with pytest.raises(ConfigError, match="service_costs"):
+def test_every_stage_of_the_catalogue_is_charged_for():
+    known = {*FORMATS, *CODERS, *SPARSIFIERS, *WRAPPERS, "global-topk"}
+    assert known == set(registry.stages())
+    needed = {row for spec in codec_presets() for row in ServiceCosts(spec).work.rows}
+    assert needed <= set(NANOSECONDS)
+
+
+@pytest.mark.parametrize(
+    "row, spec",
+    [
+        ("q2.encode", "ef(1)|topk(64/4096)|q2|rice"),
+        ("ans/code.decode", "mix(q2|ans, topk(16/4096)|bf16)"),
+        ("dct.decode", "rules(1d=fp32, else=dct(64)|int8)"),
+        ("ef/whole.encode", "warmup(3, int8)|ef(1)|tiles(64)|q2"),
+        ("ef21.advance", "ef21|q2"),
+    ],
+)
+def test_a_part_that_nobody_measured_is_refused_by_name(row, spec, monkeypatch):
+    ServiceCosts(spec)
+    monkeypatch.delitem(NANOSECONDS, row)
+    with pytest.raises(ConfigError, match=f"nobody measured what '{re.split('[./]', row)[0]}'.*service_costs"):
         ServiceCosts(spec)
+
+
+def test_a_stage_that_costs_do_not_know_is_refused_by_name(monkeypatch):
+    monkeypatch.delitem(WRAPPERS, "rotate")
+    with pytest.raises(ConfigError, match="nobody measured what 'rotate'"):
+        ServiceCosts("ef(1)|rotate(block=64)|q2(block=32)")
+
+
+@pytest.mark.parametrize("spec", ["ef(1)|", "topk(64/4096)", "q2|lowrank(4)", "lowrank(4)", ""])
+def test_costs_of_what_is_no_codec_are_refused(spec):
+    with pytest.raises(ConfigError, match="codec"):
+        ServiceCosts(spec)
+
+
+def encode_ns(spec):
+    return ServiceCosts(spec).encode_s(1e9)
+
+
+def decode_ns(spec):
+    return ServiceCosts(spec).decode_s(1e9)
+
+
+def ns(units):
+    return sum(NANOSECONDS[row] * count for row, count in units.items())
 
 
 def test_costs_add_up_from_their_parts():
     plain, fed = ServiceCosts("q2"), ServiceCosts("ef(1)|q2")
-    assert plain.encode_s(1e9) == pytest.approx(NANOSECONDS["q2.encode"])
-    assert fed.encode_s(1e9) == pytest.approx(plain.encode_s(1e9) + plain.decode_s(1e9) + NANOSECONDS["ef"])
+    one_block = {"q2.encode": 1, "q2/block.encode": 1 / 512, "q2/call.encode": 1 / 65536}
+    assert plain.encode_s(1e9) == pytest.approx(ns(one_block))
+    feedback = ns({"ef.encode": 1, "ef/dense.encode": 1})
+    assert fed.encode_s(1e9) == pytest.approx(plain.encode_s(1e9) + plain.decode_s(1e9) + feedback)
     mean = [plain.aggregate_s(1e9, n) for n in (0, 1, 2, 3)]
     assert mean[0] == 0.0
     assert mean[3] - mean[2] == pytest.approx(mean[2] - mean[1])
@@ -174,6 +227,117 @@ def test_costs_add_up_from_their_parts():
     assert plain.apply_s(1e9, 3) == pytest.approx(mean[3] + plain.outer_step_s(1e9) + plain.hash_s(8e9))
     assert ServiceCosts("q2", outer="sgd(lr=1.0)").apply_s(1e9, 3) < plain.apply_s(1e9, 3)
     assert ServiceCosts("topk(64/4096)|q2").aggregate_s(1e9, 9) < ServiceCosts("q2").aggregate_s(1e9, 9) * 3
+
+
+def test_a_top_k_pays_for_each_value_it_keeps():
+    def values(k, step):
+        kept = k / 4096
+        span = 512 // k  # chunks whose values fill one block
+        read = {"q2.decode": kept, "q2/block.decode": 1 / (4096 * span), "q2/call.decode": 1 / 65536}
+        written = {row.replace("decode", "encode"): count for row, count in read.items()}
+        return ns(read) + (ns(written) if step == "encode" else 0)
+
+    def places(k, step):
+        return ns({f"topk.{step}": 1, f"topk/chunk.{step}": 1 / 4096, f"topk/kept.{step}": k / 4096}) + ns(
+            {f"topk/call.{step}": 1 / 65536}
+        )
+
+    for k in (64, 256, 512):
+        spec = f"topk({k}/4096)|q2(block=512)"
+        assert encode_ns(spec) == pytest.approx(places(k, "encode") + values(k, "encode"))
+        assert decode_ns(spec) == pytest.approx(places(k, "decode") + values(k, "decode"))
+
+
+def test_an_entropy_coder_pays_for_each_index_and_symbol():
+    sent = 64 / 4096
+    raw = 8 / 512 * sent
+    for step in ("encode", "decode"):
+        of = encode_ns if step == "encode" else decode_ns
+        base = of("topk(64/4096)|q2(block=512)")
+        rice = ns({f"rice.{step}": 1, f"rice/index.{step}": sent})
+        symbols = ns({f"ans/code.{step}": sent, f"ans/raw.{step}": raw})
+        ans = ns({f"ans.{step}": 1, f"ans/index.{step}": sent})
+        assert of("topk(64/4096)|q2(block=512)|rice") == pytest.approx(base + rice)
+        assert of("topk(64/4096)|q2(block=512)|ans") == pytest.approx(base + ans + symbols, rel=1e-3)
+        assert of("topk(64/4096)|q2(block=512)|pack") == base
+
+
+def test_nested_codecs_are_weighted():
+    half = Schema((TensorSpec("head", (512, 1024), "float32"), TensorSpec("middle", (512, 1024), "float32")))
+    ruled = ServiceCosts("rules(head=fp32, else=int8)", schema=half).check_s(1e9)
+    fp32, int8 = (ServiceCosts(spec).check_s(1e9) for spec in ("fp32", "int8"))
+    assert ruled == pytest.approx((fp32 + int8) / 2)
+    assert ServiceCosts("rules(nobody=fp32, else=int8)", schema=half).check_s(1e9) == pytest.approx(int8)
+    mixed, q2 = ServiceCosts("mix(int8, q2)"), ServiceCosts("q2")
+    assert mixed.check_s(1e9) == pytest.approx(int8 + q2.check_s(1e9))
+    assert mixed.encode_s(1e9) > encode_ns("int8") + decode_ns("int8") + encode_ns("q2")
+    assert encode_ns("warmup(9, fp32)|ef(1)|q2") == encode_ns("ef(1)|q2")
+    assert ServiceCosts("adapt(int8, q2)").check_s(1e9) == pytest.approx((int8 + q2.check_s(1e9)) / 2)
+
+
+@pytest.mark.parametrize(
+    "less, more",
+    [
+        ("topk(64/4096)|bf16", "topk(512/4096)|bf16"),
+        ("int8(block=4096)", "int8(block=64)"),
+        ("lowrank(2)|fp32", "lowrank(64)|fp32"),
+        ("sketch(rows=3, cols=512)|int8", "sketch(rows=9, cols=512)|int8"),
+        ("q2", "tiles(64)|q2"),
+        ("q2", "dct(64)|q2"),
+        ("q2", "q2|ans"),
+        ("ef(1)|q2", "ef21|q2"),
+        ("ef(1)|int8", "ef(1, bound=2)|int8"),
+        ("q2", "mix(q2, topk(16/4096)|bf16)"),
+        ("global-topk(0.01)|bf16", "global-topk(0.1)|bf16"),
+        ("cyclic(8)|q2", "cyclic(2)|q2"),
+    ],
+)
+def test_more_work_costs_more(less, more):
+    assert encode_ns(less) < encode_ns(more)
+
+
+def test_low_rank_is_charged_for_the_shapes_there_are():
+    def wide(side):
+        schema = Schema((TensorSpec("w", (side, side), "float32"),))
+        return ServiceCosts("lowrank(8)|fp32", schema=schema).work
+
+    assert wide(1024).check["fp32.check"] == pytest.approx(8 * 2 / 1024)
+    assert wide(4096).check["fp32.check"] == pytest.approx(8 * 2 / 4096)
+    assert wide(4096).private == pytest.approx(8 / 4096)
+    vector = Schema((TensorSpec("w", (4096,), "float32"),))
+    assert ServiceCosts("lowrank(8)|fp32", schema=vector).work.check["fp32.check"] == 1  # goes along as it is
+
+
+@pytest.mark.parametrize(
+    "spec", ["fp32", "ef(1)|q2", "dgc(0.9)|topk(64/4096)|bf16", "lowrank(4)|int8", "ef(1)|lowrank(4)|int4"]
+)
+def test_state_is_as_large_as_the_real_one(spec):
+    schema = Schema((TensorSpec("a", (64, 96), "float32"), TensorSpec("b", (40,), "float32")))
+    codec = parse_codec(spec)
+    private, shared = codec.init(schema)
+    numbers = sum(tensor.numel() for tensor in codec.private_tensors(private).values())
+    assert ServiceCosts(spec, schema=schema).work.private * schema.numel == pytest.approx(numbers)
+    known = sum(tensor.numel() for tensor in codec.shared_tensors(shared).values())
+    assert ServiceCosts(spec, schema=schema).work.shared * schema.numel == pytest.approx(known)
+
+
+@pytest.mark.parametrize("params", [1, 100, 4096, 10_001, 125_000_000, 1_000_000_000, 72_700_000_000])
+@pytest.mark.parametrize("layers", [0, 1, 24])
+def test_the_usual_model_has_as_many_parameters_as_it_should(params, layers):
+    schema = usual_schema(params, layers)
+    assert schema.numel == params
+    matrices = sum(tensor.numel for tensor in schema.tensors if len(tensor.shape) == 2)
+    assert params < 10**6 or matrices > 0.99 * params
+
+
+def test_an_entropy_coder_is_charged_for_what_it_saves():
+    assert coded_share("ef(1)|q2") == 1.0
+    assert coded_share("topk(64/4096)|q2|pack") == 1.0
+    normal = statistics.NormalDist(0, 1)
+    edges = [normal.cdf(1.5 * cut) for cut in (-math.inf, -1, 0, 1, math.inf)]
+    entropy = -sum(p * math.log2(p) for p in (b - a for a, b in pairwise(edges)))  # four bins over six sigmas
+    sent = coded_share("stat(bits=2, block=4096)|ans") * parse_codec("stat(bits=2, block=4096)|ans").bits(USUAL)
+    assert sent == pytest.approx(entropy, rel=0.03)
 
 
 def test_a_median_costs_more_than_a_mean_and_faster_than_linear():
