@@ -186,6 +186,30 @@ def test_the_command_writes_a_table_files_and_json(tmp_path, capsys, monkeypatch
     assert "regression: int8 on gauss: relative_error" in printed.err
 
 
+def test_training_shows_losses_at_equal_tokens_and_at_equal_time(tmp_path, capsys):
+    folder = tmp_path / "report"
+    command = ["bench", "codec", "--quality", "--rounds", "3", "--seeds", "1", "--spec", "int8", "--updates", "gauss"]
+    command += ["--size", "70000", "--repeats", "1", "--link", "10mbit", "--out", str(folder), "--plain"]
+    assert main(command) == 0
+    out = capsys.readouterr().out
+    assert "data-parallel" in out
+    assert "loss at equal time" in out
+    with (folder / "quality.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    losses = {row["codec"]: float(row["loss"]) for row in rows}
+    assert losses["int8"] == pytest.approx(losses["fp32"], rel=0.02)
+    line = Line(1e7, 1e7, 8, 1e9, 30.0)
+    bits = {row["codec"]: float(row["bits"]) for row in rows}
+    seconds = {row["codec"]: float(row["seconds"]) / int(row["round"]) for row in rows}
+    assert bits["data-parallel"] == 15 * bits["fp32"] == 480
+    assert seconds["fp32"] == pytest.approx(30 + 2 * 7 / 8 * 32e9 / 1e7)
+    assert seconds["int8"] > 30 + 7 * bits["int8"] * line.params / line.down_bps
+    assert {"quality_pareto.png", "quality_time.png", "quality.jsonl"} <= {path.name for path in folder.iterdir()}
+    before = (folder / "quality.jsonl").read_bytes()
+    assert main(command) == 0  # nothing is trained twice
+    assert (folder / "quality.jsonl").read_bytes() == before
+
+
 def test_the_list_names_every_stage_and_preset(capsys):
     assert main(["bench", "codec", "--list", "--plain"]) == 0
     out = capsys.readouterr().out

@@ -38,6 +38,10 @@ def codec(
     local_s: float = 30.0,
     threads: int = 1,
     repeats: int = 5,
+    quality: Annotated[bool, Switch] = False,
+    rounds: int = 100,
+    seeds: int = 3,
+    jobs: int = 1,
     baseline: Path | None = None,
     out: Path | None = None,
     json: Annotated[bool, Switch] = False,
@@ -66,6 +70,15 @@ def codec(
         Also measure that many encoders at once; codec time on the line is divided among them.
     repeats
         The shortest of so many runs counts.
+    quality
+        Also train a small model with each of them, with data-parallel and with uncompressed DiLoCo; takes a minute per
+        codec, seed and 100 rounds, and goes on where it was stopped.
+    rounds
+        Of that training.
+    seeds
+        Of that training.
+    jobs
+        Trainings at a time, each on one core.
     baseline
         What --json printed earlier, or a report's codecs.json: say what got worse.
     out
@@ -87,18 +100,26 @@ def codec(
         return 0
     from farflung.sim.bench.codec_bench import Ask, regressions, run_bench, to_json
     from farflung.sim.bench.codec_report import print_table, write_report
+    from farflung.sim.bench.quality_table import Plan, print_quality, train_all, write_quality
 
+    plan = Plan(rounds, seeds, jobs)
     line = _line(link, members, params, local_s, threads) if link else None
     ask = Ask(specs=spec, updates=updates, params=size, threads=threads, repeats=repeats, line=line)
+    folder = out if out is not None else FOLDER / "codec"
     with _progress(quiet=plain or json) as tell:
         rows = run_bench(ask, tell)
+        trained = train_all([row.spec for row in rows], rows, line, plan, folder, tell) if quality else []
     if json:
         print(json_text.dumps(to_json(rows, line), indent=2))
     else:
         print_table(rows, line, console)
+    if quality and not json:
+        print_quality(trained, plan, line, console)
     if out is not None or not json:
         try:
-            page = write_report(rows, line, out if out is not None else FOLDER / "codec")
+            page = write_report(rows, line, folder)
+            if quality:
+                write_quality(trained, plan, folder)
         except OSError as error:
             raise ConfigError(f"the report cannot be written, choose another --out: {error}") from None
         print(f"report: {page}", file=sys.stderr if json else sys.stdout)
