@@ -100,7 +100,7 @@ def codec(
         return 0
     from farflung.sim.bench.codec_bench import Ask, regressions, run_bench, to_json
     from farflung.sim.bench.codec_report import print_table, write_report
-    from farflung.sim.bench.quality_table import Plan, print_quality, train_all, write_quality
+    from farflung.sim.bench.quality_table import Plan, plain_rows, print_quality, train_all, write_quality
 
     plan = Plan(rounds, seeds, jobs)
     line = _line(link, members, params, local_s, threads) if link else None
@@ -110,16 +110,15 @@ def codec(
         rows = run_bench(ask, tell)
         trained = train_all([row.spec for row in rows], rows, line, plan, folder, tell) if quality else []
     if json:
-        print(json_text.dumps(to_json(rows, line), indent=2))
+        found = to_json(rows, line) | ({"quality": plain_rows(trained)} if quality else {})
+        print(json_text.dumps(found, indent=2))
     else:
         print_table(rows, line, console)
     if quality and not json:
         print_quality(trained, plan, line, console)
     if out is not None or not json:
         try:
-            page = write_report(rows, line, folder)
-            if quality:
-                write_quality(trained, plan, folder)
+            page = write_report(rows, line, folder, write_quality(trained, plan, line, folder) if quality else ())
         except OSError as error:
             raise ConfigError(f"the report cannot be written, choose another --out: {error}") from None
         print(f"report: {page}", file=sys.stderr if json else sys.stdout)

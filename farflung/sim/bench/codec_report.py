@@ -140,8 +140,11 @@ def draw_pareto(rows: Sequence[CodecRow], kind: str) -> Drawing:
     return drawing
 
 
-def write_report(rows: Sequence[CodecRow], line: Line | None, folder: Path) -> Path:
-    """codecs.csv, codecs.json, pareto-*.png and report.html in a folder; returns the page's path."""
+def write_report(rows: Sequence[CodecRow], line: Line | None, folder: Path, sections: Sequence[str] = ()) -> Path:
+    """codecs.csv, codecs.json, pareto-*.png and report.html in a folder; returns the page's path.
+
+    `sections` are HTML and go first.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     write_csv(rows, line, folder)
     (folder / "codecs.json").write_text(json.dumps(to_json(rows, line), indent=2) + "\n", encoding="utf-8")
@@ -154,11 +157,11 @@ def write_report(rows: Sequence[CodecRow], line: Line | None, folder: Path) -> P
             pictures.append(f"<section><h2>{escape(drawing.title)}</h2>{svg}<p>{escape(drawing.caption)}</p></section>")
             write_png(drawing, folder)
     path = folder / "report.html"
-    path.write_text(_page(rows, line, pictures), encoding="utf-8")
+    path.write_text(_page(rows, line, sections, pictures), encoding="utf-8")
     return path
 
 
-def _page(rows: Sequence[CodecRow], line: Line | None, pictures: Sequence[str]) -> str:
+def _page(rows: Sequence[CodecRow], line: Line | None, sections: Sequence[str], pictures: Sequence[str]) -> str:
     head = "".join(f"<th>{escape(name)}</th>" for name in headers(line))
     body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells(row, line)) + "</tr>" for row in rows)
     notes = [EXPLAINED, *([line_text(line)] if line is not None else []), f"farflung {farflung.__version__}"]
@@ -167,6 +170,6 @@ def _page(rows: Sequence[CodecRow], line: Line | None, pictures: Sequence[str]) 
     title = "farflung: codecs compared"
     return (
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
-        f"</head>\n<body><main><header><h1>{title}</h1></header><section>{table}{faint}</section>"
+        f"</head>\n<body><main><header><h1>{title}</h1></header>{''.join(sections)}<section>{table}{faint}</section>"
         f"{''.join(pictures)}</main></body></html>\n"
     )

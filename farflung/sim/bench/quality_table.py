@@ -6,6 +6,7 @@ import csv
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import NamedTuple
 
@@ -162,14 +163,31 @@ def print_quality(trained: Sequence[Trained], plan: Plan, line: Line | None, con
         console.print(note, style="dim", highlight=False)
 
 
-def write_quality(trained: Sequence[Trained], plan: Plan, folder: Path) -> list[Path]:
-    """quality.csv with every point of every curve, and pictures of loss over bits and over time."""
+def plain_rows(trained: Sequence[Trained]) -> list[dict[str, object]]:
+    """For JSON: losses by seed, and what a round costs; what is never reached is null."""
+    return [
+        {
+            "spec": item.name,
+            "canonical": item.row.spec,
+            "outer": item.row.outer,
+            "bits_per_parameter": item.row.bits,
+            "loss": item.row.loss.mean,
+            "losses": [curve[-1][1] for curve in item.row.curves],
+            "round_s": item.round_s,
+            "loss_at_equal_time": item.at_equal_time.mean if item.at_equal_time else None,
+            "close_s": item.close_s.mean if item.close_s and math.isfinite(item.close_s.mean) else None,
+        }
+        for item in trained
+    ]
+
+
+def write_quality(trained: Sequence[Trained], plan: Plan, line: Line | None, folder: Path) -> list[str]:
+    """quality.csv with every point of every curve, and pictures; returns the sections of a page about them."""
     from farflung.sim.bench.quality_plots import draw_pareto, draw_time
-    from farflung.sim.report.drawing import house_settings, write_png
+    from farflung.sim.report.drawing import house_settings, to_svg, write_png
 
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "quality.csv"
-    with path.open("w", newline="", encoding="utf-8") as file:
+    with (folder / "quality.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(("codec", "spec", "outer", "bits", "seed", "round", "loss", "seconds"))
         for item in trained:
@@ -178,10 +196,18 @@ def write_quality(trained: Sequence[Trained], plan: Plan, folder: Path) -> list[
                     at_s = "" if item.round_s is None else index * item.round_s
                     writer.writerow((item.name, item.row.spec, item.row.outer, item.row.bits, seed, index, loss, at_s))
     rows = {item.name: item.row for item in trained}
-    title = f"Loss after {plan.rounds} rounds over bits"
+    head = "".join(f"<th>{escape(name)}</th>" for name in HEADERS)
+    body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in cells(item))}</tr>" for item in trained)
+    faint = "".join(f'<p class="faint">{escape(note)}</p>' for note in notes(plan, line))
+    table = f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    sections = [f"<section><h2>What training makes of them</h2>{table}{faint}</section>"]
     with house_settings():
-        drawn = [draw_pareto(rows, title=title, caption=" ".join(notes(plan, None)), baseline=DATA_PARALLEL)]
+        title, caption = f"Loss after {plan.rounds} rounds over bits", " ".join(notes(plan, None))
+        drawn = [draw_pareto(rows, title=title, caption=caption, baseline=DATA_PARALLEL)]
         seconds = {item.name: item.round_s for item in trained if item.round_s is not None}
         if seconds:
             drawn.append(draw_time(rows, {"this line": seconds}, title="Loss over time", caption=""))
-        return [path, *(write_png(drawing, folder) for drawing in drawn)]
+        for drawing in drawn:
+            sections.append(f"<section><h2>{escape(drawing.title)}</h2>{to_svg(drawing)}</section>")
+            write_png(drawing, folder)
+    return sections
