@@ -22,6 +22,8 @@ WINDOW = 1 << 16
 SWEEPS = 4000
 FLOOR_NS = 0.03
 """What costs less than this per parameter counts by its absolute error."""
+FORMAT_COUNTS = 4
+"""Formats by themselves are in everything else, and count as often."""
 
 PLAIN = ("fp32", "bf16", "fp16", "natural")
 BLOCKED = {
@@ -87,7 +89,14 @@ CODED = (
 )
 
 WRAPPED = (
-    *("ef(1)|fp32", "ef(1)|int8", "ef(1)|topk(64/4096)|q2", "ef(1)|int8|ans", "ef(0.9)|topk(64/4096)|q2|rice"),
+    *(
+        "ef(1)|fp32",
+        "ef(1)|int8",
+        "ef(1)|topk(64/4096)|q2",
+        "ef(1)|int8|ans",
+        "ef(0.9)|topk(64/4096)|q2|rice",
+        "ef(1)|tiles(64)|fp32",
+    ),
     *("ef(1)|bf16", "ef(1)|q2", "ef(1)|nf4"),
     *("ef(1, bound=2)|topk(64/4096)|q2", "ef(1, bound=2)|int8"),
     *("dgc(0.9)|topk(64/4096)|fp32", "dgc(0.9)|topk(1024/4096)|bf16", "dgc(0.5, clip=1)|topk(64/4096)|q2"),
@@ -100,7 +109,7 @@ WRAPPED = (
 TRANSFORMED = (
     *("tiles(64)|fp32", "tiles(16)|int8", "tiles(64)|topk(64/4096)|q2", "tiles(64)|topk(512/4096)|q2"),
     *("dct(64)|fp32", "dct(32)|fp32", "dct(8)|int8", "dct(64)|topk(64/4096)|q2"),
-    *("rotate(block=4096)|fp32", "rotate(block=64)|fp32", "rotate(block=1024)|q2", "dct(16)|fp32"),
+    *("rotate(block=4096)|fp32", "rotate(block=64)|fp32", "rotate(block=1024)|q2", "dct(16)|fp32", "ef(1)|rotate|q2"),
     *("sketch(rows=5, cols=512)|fp32", "sketch(rows=3, cols=512)|fp32", "sketch(rows=1, cols=512)|int8"),
     *("sketch(rows=3, cols=256, chunk=4096, keep=16)|int8",),
     *(f"lowrank({rank}{basis})|fp32" for rank in (1, 2, 8, 32) for basis in ("", ", shared")),
@@ -162,8 +171,9 @@ def parts_ns(update_d: Tensor, repeats: int, told: Callable[[str], object]) -> d
         told(spec)
         work = work_of(spec, schema)
         for name, here in codec_ns(spec, update_d, repeats).items():
-            asked.append(getattr(work, name))
-            found.append(here)
+            times = FORMAT_COUNTS if spec in FORMATS else 1
+            asked += [getattr(work, name)] * times
+            found += [here] * times
     return fit(asked, found)
 
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from farflung.aggregation.outer import parse_outer
 from farflung.compression import parse_codec
-from farflung.protocol.schema import Schema, TensorSpec
+from farflung.sim.codec_costs import usual_schema
+from farflung.sim.coded_share import coded_share
 from farflung.sim.scenario import Scenario
 from farflung.sim.service_costs import THREADS, ServiceCosts
 
@@ -20,31 +21,35 @@ class Charges:
 
     params: float
     payload_bytes: float
-    """The codec's worst case, which its payloads have in fact: their length follows from the schema."""
+    """The codec's worst case, which its payloads have in fact unless they are entropy coded: then those of a sample."""
     state_bytes: float
-    """Anchor and outer buffers: what a joiner fetches and what a snapshot writes."""
+    """Anchor, outer buffers and the codec's shared state: what a joiner fetches and what a snapshot writes."""
     private_bytes: float
-    """Error feedback, written beside every payload; 0 without."""
+    """The codec's private state, error feedback above all, written beside every payload; 0 without."""
     costs: ServiceCosts
 
     @staticmethod
     def of(scenario: Scenario) -> Charges:
-        """For a scenario. Raises ConfigError for a codec or rule whose cost nobody measured."""
+        """For a scenario: a transformer of its size, which matters to codecs that look at tensors.
+
+        Raises ConfigError for a codec or rule whose cost nobody measured.
+        """
         run, params = scenario.run, int(scenario.model.params)
         codec, outer = parse_codec(run.codec), parse_outer(run.outer)
-        schema = Schema((TensorSpec("model", (params,), "float32"),))
+        schema = usual_schema(params, scenario.model.layers)
+        costs = ServiceCosts(codec.spec, run.rule, run.outer, threads=THREADS, schema=schema)
         return Charges(
             params=float(params),
-            payload_bytes=codec.bits(schema) * params / 8,
-            state_bytes=4.0 * params * (1 + outer.state_buffers),
-            private_bytes=4.0 * params if codec.spec.startswith("ef(") else 0.0,
-            costs=ServiceCosts(codec.spec, run.rule, run.outer, threads=THREADS),
+            payload_bytes=codec.bits(schema) * coded_share(codec.spec) * params / 8,
+            state_bytes=4.0 * params * (1 + outer.state_buffers + costs.work.shared),
+            private_bytes=4.0 * params * costs.work.private,
+            costs=costs,
         )
 
     @property
     def remembers(self) -> bool:
         """Whether the codec has error feedback: a late payload is then forfeited, otherwise its steps are kept."""
-        return self.private_bytes > 0
+        return self.costs.work.remembers
 
     @property
     def encode_s(self) -> float:
