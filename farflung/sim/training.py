@@ -120,7 +120,7 @@ class Training:
 
     def _charge(self) -> Charged:
         run = self.scenario.run
-        costs = ServiceCosts(run.codec, run.rule, run.outer, threads=THREADS)
+        costs = ServiceCosts(run.codec, run.rule, run.outer, threads=THREADS, schema=schema_of(self._scratch))
         bits = parse_codec(run.codec).bits(schema_of(self._scratch))
         return Charged(costs, self.charged, self.charged * bits / 8)
 
