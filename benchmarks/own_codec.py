@@ -1,14 +1,16 @@
 """Is our own codec worth having? Bits and loss beside entropy-coded SparseLoCo's, and what each part does.
 
-    python benchmarks/own_codec.py frontier --processes 2     # E1: 3 schemes x 3 or 4 rates x 3 seeds
+    python benchmarks/own_codec.py frontier --processes 2     # E1: 3 or 4 rates x 3 seeds of every family
     python benchmarks/own_codec.py parts --processes 2        # E2: one part taken away at a time
     python benchmarks/own_codec.py report                     # what is there
 
-The setting is that of `codec_quality.py`, and so is the budget: six trials of half the length per scheme, at the
-middle rate, on a seed of their own. The goal: at equal loss, 1.5 times fewer bits than SparseLoCo with its payload
-coded to the entropy. Low rank is flattered by narrow matrices: with a width of 96, rank 1 is already 1 % of full rank,
-and what rank 4 is here, rank 170 is at a width of 4096 for the same bits. Whether the rank that training needs grows
-more slowly than that, this benchmark cannot say.
+The setting is that of `codec_quality.py`: trials of half the length at the middle rate, on a seed of their own; five or
+six for ours, ten for SparseLoCo, whose best kept lying at the edge of what was tried. The goal: at equal loss, 1.5
+times fewer bits than SparseLoCo with its payload coded to the entropy, at the best of its outer rates for each density.
+
+Two designs of ours: low rank with lookahead, which misses the goal, and sparse signs with a little lookahead and an
+over-relaxed outer step (the preset `farflung`), which reaches it. Low rank is even flattered here: with a width of 96,
+rank 1 is already 1 % of full rank; what rank 4 is here, rank 170 is at a width of 4096 for the same bits.
 """
 
 from __future__ import annotations
@@ -68,7 +70,9 @@ AHEAD_LOWRANK_SPEC = "lookahead({0})|ef(1)|rules(1d=q2, else=lowrank({rate})|q2{
 AHEAD_SHARED_SPEC = "lookahead({0})|ef(1)|rules(1d=q2, else=lowrank({rate}, shared)|q2{coder})"
 FAMILIES = (
     Family("sparseloco", SPARSE_SPEC, (32, 64, 128), BETAS),
-    Family("ahead, sparse", AHEAD_SPARSE_SPEC, (32, 64, 128), RELAXED),
+    Family("sparseloco, lr 2", SPARSE_SPEC, (32, 64, 128), (("0.95", outer(2.0)),)),
+    Family("sparseloco, lr 1 as published", SPARSE_SPEC, (32, 64, 128), (("0.95", outer(1.0)),)),
+    Family("ahead, sparse", AHEAD_SPARSE_SPEC, (16, 32, 64, 128), RELAXED),
     Family("ahead, low rank", AHEAD_LOWRANK_SPEC, (2, 4, 8), AHEAD),
     Family("ahead, low rank, shared basis", AHEAD_SHARED_SPEC, (4, 8, 16), AHEAD),
 )
@@ -112,7 +116,7 @@ def savings(
 ) -> list[tuple[str, Estimate]]:
     """Their bits over ours at the loss of each of their rates, seed by seed; a loss beyond our points is left out."""
     found = []
-    for rate, point in enumerate(theirs):
+    for point in theirs:
         ratios = []
         for seed, setting in enumerate(point):
             if setting in runs:
@@ -120,8 +124,19 @@ def savings(
                 ratios.append(runs[setting].bits / bits)
         known = [ratio for ratio in ratios if math.isfinite(ratio)]
         if known:
-            found.append((f"at the loss of rate {rate + 1} ({len(known)} of {len(ratios)} seeds)", estimate(known)))
+            bits = sum(runs[setting].bits for setting in point if setting in runs) / len(ratios)
+            found.append((f"at the loss of {bits:.3f} bits ({len(known)} of {len(ratios)} seeds)", estimate(known)))
     return found
+
+
+def best_of(points: Sequence[Sequence[Sequence[Setting]]], runs: Runs) -> list[Sequence[Setting]]:
+    """Per rate, the family with the lowest mean loss: SparseLoCo's best outer rate falls with its density."""
+
+    def mean(point: Sequence[Setting]) -> float:
+        there = [runs[setting].loss for setting in point if setting in runs]
+        return sum(there) / len(there) if there else math.inf
+
+    return [min(choice, key=mean) for choice in zip(*points, strict=True)]
 
 
 WHOLE = "lookahead(0.5)|ef(1)|rules(1d=q2, else=lowrank(4)|q2)"
@@ -156,17 +171,36 @@ PARTS = (
         outer(1.0),
     ),
     ("embedding at twice the rank", WHOLE.replace("1d=q2,", "1d=q2, bytes*=lowrank(8)|q2,"), outer(1.0)),
-    ("sparse instead, no lookahead", "ef(1)|tiles(64)|topk(64/4096)|stat(2,block=1024)", outer(1.0)),
-    ("sparse instead, lambda 0.25", "lookahead(0.25)|ef(1)|tiles(64)|topk(64/4096)|stat(2,block=1024)", outer(1.0)),
-    ("sparse instead, lambda 0.5", "lookahead(0.5)|ef(1)|tiles(64)|topk(64/4096)|stat(2,block=1024)", outer(1.0)),
-    ("sparse instead, lambda 1", "lookahead(1)|ef(1)|tiles(64)|topk(64/4096)|stat(2,block=1024)", outer(1.0)),
 )
-"""E2: what differs, and the whole codec with that difference. Half the length, without entropy coder."""
+TILES, RELAX = "tiles(64)|topk(64/4096)|stat(2,block=1024)", outer(2.8)
+SPARSE_PARTS = (
+    ("whole", "lookahead(0.25)|ef(0.95)|tiles(64)|topk(64/4096)|sign", RELAX),
+    ("values of 2 bits", f"lookahead(0.25)|ef(0.95)|{TILES}", RELAX),
+    ("2 bits, no lookahead", f"ef(0.95)|{TILES}", RELAX),
+    ("2 bits, lambda 0.1", f"lookahead(0.1)|ef(0.95)|{TILES}", RELAX),
+    ("2 bits, lambda 0.4", f"lookahead(0.4)|ef(0.95)|{TILES}", RELAX),
+    ("2 bits, lr 2", f"lookahead(0.25)|ef(0.95)|{TILES}", outer(2.0)),
+    ("2 bits, lr 2, beta 1", f"lookahead(0.25)|ef(1)|{TILES}", outer(2.0)),
+    ("2 bits, lr 2, no lookahead", f"ef(0.95)|{TILES}", outer(2.0)),
+    ("the same by DCT", "ef(0.95)|dct(64)|topk(64/4096)|stat(2,block=1024)", outer(2.0)),
+    ("the same with sign values", "ef(0.95)|tiles(64)|topk(64/4096)|sign", outer(2.0)),
+    (
+        "half of it low rank, lr 1.4",
+        "ef(0.95)|mix(lowrank(2, shared)|q2, topk(32/4096)|stat(2,block=1024))",
+        outer(1.4),
+    ),
+    ("2 bits, lr 1, no lookahead", f"ef(0.95)|{TILES}", outer(1.0)),
+    ("2 bits, lr 1, lambda 0.5", f"lookahead(0.5)|ef(1)|{TILES}", outer(1.0)),
+    ("2 bits, lr 1, lambda 1", f"lookahead(1)|ef(1)|{TILES}", outer(1.0)),
+)
+"""E2: what differs, and the codec with that difference. Half the length, without entropy coder."""
 
 
-def parts_of(rounds: int, seeds: Sequence[int]) -> list[tuple[str, list[Setting]]]:
+def parts_of(
+    parts: Sequence[tuple[str, str, str]], rounds: int, seeds: Sequence[int]
+) -> list[tuple[str, list[Setting]]]:
     """Every part's runs, the whole codec's first; without those whose stages do not exist."""
-    trials = [(name, Trial(spec, text)) for name, spec, text in PARTS]
+    trials = [(name, Trial(spec, text)) for name, spec, text in parts]
     return [(name, [setting_of(trial, seed, rounds // 2) for seed in seeds]) for name, trial in trials if parses(trial)]
 
 
@@ -185,16 +219,17 @@ def report_frontier(out: Path, plots: Path, runs: Runs, tuning_rounds: int, roun
                 rows.append({"scheme": family.name, "rate": rate, "bits": bits, "loss": loss.mean, "ci": loss.half})
                 rows[-1] |= {"seeds": loss.n, "rounds": rounds, "spec": point[0].spec, "outer": point[0].outer}
     notes = []
-    for name in [family.name for family in FAMILIES[1:]]:
-        if points[name] and points["sparseloco"]:
-            for text, ratio in savings(points[name], points["sparseloco"], runs):
+    published = [points[name] for name in points if name.startswith("sparseloco") and points[name]]
+    if published:
+        for name in [family.name for family in FAMILIES if family.name.startswith("ahead")]:
+            for text, ratio in savings(points[name], best_of(published, runs), runs):
                 notes.append(goal(f"{name}: {ratio} x fewer bits {text}", ratio.mean >= SAVING))
     publish(out, f"own_codec_frontier_{rounds}", rows, title=f"E1, {rounds} rounds", notes=notes)
     if drawn:
         title = "Our codec and entropy-coded SparseLoCo: loss over bits"
         caption = (
-            f"Byte GPT of 0.25 M parameters, 4 members, H = 15, {rounds} rounds, 3 paired seeds, 95 % intervals; six "
-            "tuning trials per scheme at its middle rate. Low rank is flattered by matrices 96 wide."
+            f"Byte GPT of 0.25 M parameters, 4 members, H = 15, {rounds} rounds, 3 paired seeds, 95 % intervals; 5 to "
+            "10 tuning trials per scheme at its middle rate. Low rank is flattered by matrices 96 wide."
         )
         with house_settings():
             name = f"own_codec_frontier_{rounds}"
@@ -202,20 +237,20 @@ def report_frontier(out: Path, plots: Path, runs: Runs, tuning_rounds: int, roun
             write_png(draw_frontiers(drawn, name=name, title=title, caption=caption), plots)
 
 
-def report_parts(out: Path, runs: Runs, rounds: int) -> None:
+def report_parts(name: str, parts: Sequence[tuple[str, str, str]], out: Path, runs: Runs, rounds: int) -> None:
     """The E2 table: gaps are to the whole codec, on the same seeds."""
     rows = []
-    table = parts_of(rounds, PART_SEEDS)
-    for name, settings in table:
+    table = parts_of(parts, rounds, PART_SEEDS)
+    for part, settings in table:
         there = [seed for seed, setting in enumerate(settings) if setting in runs and table[0][1][seed] in runs]
         if there:
             losses = [runs[settings[seed]].loss for seed in there]
             gap = paired_gap(losses, [runs[table[0][1][seed]].loss for seed in there])
             bits = sum(runs[settings[seed]].bits for seed in there) / len(there)
-            rows.append({"part": name, "bits": bits, "loss": estimate(losses).mean, "gap_percent": 100 * gap.mean})
+            rows.append({"part": part, "bits": bits, "loss": estimate(losses).mean, "gap_percent": 100 * gap.mean})
             rows[-1] |= {"ci_percent": 100 * gap.half, "seeds": len(there), "spec": settings[0].spec}
             rows[-1] |= {"outer": settings[0].outer}
-    publish(out, "own_codec_parts", rows, title=f"E2, {rounds // 2} rounds")
+    publish(out, name, rows, title=f"E2, {rounds // 2} rounds: {name}")
 
 
 def main() -> None:
@@ -242,10 +277,16 @@ def main() -> None:
         ]
         runs.complete(settings, processes=args.processes, tell=tell)
     if args.what == "parts":
-        settings = [setting for _, row in parts_of(args.rounds, PART_SEEDS[: args.seeds]) for setting in row]
+        settings = [
+            setting
+            for part in (SPARSE_PARTS, PARTS)
+            for _, row in parts_of(part, args.rounds, PART_SEEDS[: args.seeds])
+            for setting in row
+        ]
         runs.complete(settings, processes=args.processes, tell=tell)
     report_frontier(args.out, args.plots, runs, args.tuning_rounds, args.rounds)
-    report_parts(args.out, runs, args.tuning_rounds)
+    report_parts("own_codec_sparse_parts", SPARSE_PARTS, args.out, runs, args.tuning_rounds)
+    report_parts("own_codec_lowrank_parts", PARTS, args.out, runs, args.tuning_rounds)
     console.print(f"{len(runs)} runs in {args.results}", highlight=False)
 
 

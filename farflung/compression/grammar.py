@@ -14,11 +14,11 @@ from typing import NamedTuple, NoReturn
 
 from farflung.protocol.errors import ConfigError
 
-SPEC_CHARS_MAX = 400
-"""A longer text is no codec."""
+SPEC_CHARS_MAX = 2000
+"""A longer text is no codec, with every default written out."""
 
-DEPTH_MAX = 4
-"""Specs within specs; two are sensible."""
+DEPTH_MAX = 8
+"""Parentheses within parentheses, with every default written out; three are sensible."""
 
 _NAME = re.compile(r"\s*([a-z][a-z0-9_-]*)\s*", re.ASCII)
 _KEY = re.compile(r"\s*([A-Za-z0-9_.*\[\]?-]+)\s*=(.*)", re.ASCII | re.DOTALL)
@@ -52,7 +52,7 @@ class StageText(NamedTuple):
 def split_stages(text: str, column: int = 1) -> list[StageText]:
     """The stages of a spec that starts at `column`."""
     if len(text) > SPEC_CHARS_MAX:
-        raise ConfigError(f"a codec is at most {SPEC_CHARS_MAX} characters long, got {len(text)}")
+        raise ConfigError(f"codec, column {column}: at most {SPEC_CHARS_MAX} characters are allowed, got {len(text)}")
     return [_stage(part, at) for part, at in _split(text, "|", column)]
 
 
@@ -107,14 +107,20 @@ class Arguments:
             stage.refuse("an argument is given twice", example)
 
     def take(self, key: str) -> Argument | None:
-        """The argument of that key, or else the first one without a key."""
-        for item in self._left:
-            if item.key == key:
-                self._left.remove(item)
-                return item
-        if self._left and not self._left[0].key:
-            return self._left.pop(0)
-        return None
+        """The first argument if it has no key, or else the one of that key; both would be one too many."""
+        named = self.named(key)
+        if not self._left or self._left[0].key:
+            return named
+        if named is not None:
+            self.stage.refuse(f"{key} is given twice", self._example, column=named.column)
+        return self._left.pop(0)
+
+    def named(self, key: str) -> Argument | None:
+        """The argument of that key."""
+        found = next((item for item in self._left if item.key == key), None)
+        if found is not None:
+            self._left.remove(found)
+        return found
 
     def rest(self) -> list[Argument]:
         """Everything not taken yet."""
@@ -132,9 +138,9 @@ class Arguments:
             self.stage.refuse(f"{key} must be {what} from {low} to {high}", self._example, column=item.column)
         return number
 
-    def decimal(self, key: str, low: float, high: float, default: float | None = None) -> float:
-        """A decimal from low to high, of at most seven digits behind the point."""
-        item = self.take(key)
+    def decimal(self, key: str, low: float, high: float, default: float | None = None, *, keyed: bool = False) -> float:
+        """A decimal from low to high, of at most seven digits behind the point; `keyed`: only with its key."""
+        item = self.named(key) if keyed else self.take(key)
         if item is None:
             return self._missing(key) if default is None else default
         match = re.fullmatch(r"[0-9]{1,7}(\.[0-9]{1,7})?", item.text)

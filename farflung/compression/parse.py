@@ -21,10 +21,11 @@ def parse_codec(spec: str, threads: int = 1) -> Codec:
     when a default does. Raises ConfigError with the column and what is allowed there. `threads` is on how many threads
     formats of records encode and check a whole payload; it changes no byte.
     """
-    preset = PRESETS.get(spec.strip().lower())
     if threads < 1:
         raise ConfigError(f"a codec needs at least one thread, got {threads}")
-    return _parse(preset.spec if preset else spec, 1, threads)
+    codec = _parse(spec, 1, threads)
+    split_stages(codec.spec)  # a run's genesis holds this text: with its defaults, too, it must be within the limits
+    return codec
 
 
 def codec_presets() -> tuple[str, ...]:
@@ -33,10 +34,11 @@ def codec_presets() -> tuple[str, ...]:
 
 
 def _parse(text: str, column: int, threads: int) -> Codec:
-    stages = split_stages(text, column)
+    preset = PRESETS.get(text.strip().lower())
+    stages = split_stages(preset.spec if preset else text, column)
     body: Body | None = None
     for stage in reversed(stages):
-        body = _threaded(_build(stage, body, threads), threads)
+        body = _threaded(_build(stage, body, threads, alone=len(stages) == 1), threads)
     if body is None:
         raise ConfigError(f"codec, column {column}: nothing to encode with, got {text!r}")
     return lift(body, stages[-1])
@@ -49,9 +51,11 @@ def _threaded(body: Body, threads: int) -> Body:
     return body._replace(threads=threads) if isinstance(body, Scheme) else body
 
 
-def _build(stage: StageText, inner: Body | None, threads: int) -> Body:
+def _build(stage: StageText, inner: Body | None, threads: int, *, alone: bool) -> Body:
     known = registry.stages()
     entry = known.get(stage.name)
     if entry is None:
-        stage.refuse("no such stage", *(item.usage for item in known.values()), *PRESETS)
+        if stage.name in PRESETS:
+            stage.refuse("a preset is a whole codec: it stands alone, or alone inside another one")
+        stage.refuse("no such stage", *(item.usage for item in known.values()), *(PRESETS if alone else ()))
     return entry.build(Arguments(stage, entry.usage), inner, partial(_parse, threads=threads))

@@ -7,7 +7,6 @@ of the payload, so that one list of parts has one spelling.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -15,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from farflung.compression.codec import Codec, Reader, Row
+from farflung.compression.codec import Reader, Row
 from farflung.compression.scheme import NOBODY, cut, require_update, strides
 from farflung.protocol.errors import LocalError, PeerError
 from farflung.protocol.limits import PAYLOAD_ABS_MAX
@@ -152,16 +151,6 @@ def part_of(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def in_order(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Sorted by name, as shared state is listed."""
     return dict(sorted(tensors.items()))
-
-
-def has_stage(codec: Codec, name: str) -> bool:
-    """Whether a stage of that name stands anywhere in a codec."""
-    return re.search(rf"(?<![a-z0-9_-]){name}(?=[(),|]|$)", codec.spec) is not None
-
-
-def keeps_state(codec: Codec, schema: Schema = PROBE) -> bool:
-    """Whether a member must remember something between rounds to encode."""
-    return bool(codec.private_tensors(codec.init(schema)[0]))
 
 
 def saved_vector(tensors: Mapping[str, Tensor], name: str, d: int) -> Tensor:

@@ -76,14 +76,19 @@ PRESETS: dict[str, Preset] = {
         "Rank 4 by warm-started power iteration, per matrix.",
         "arXiv:1905.13727, Alg. 1",
     ),
-    "ef-sign": Preset(
-        "ef(1)|sign(block=512)", DENSE, "Signs and one magnitude per block.", "arXiv:1901.09847, Alg. 2"
-    ),
-    "qsgd": Preset("qsgd(levels=7, block=512)|ans", DENSE, "Unbiased, without error feedback.", "arXiv:1610.02132"),
+    "ef-sign": Preset("ef(1)|sign(block=512)", DENSE, "Signs and one magnitude per block.", "arXiv:1901.09847, Alg. 2"),
+    "qsgd": Preset("qsgd(levels=7, block=512)", DENSE, "Unbiased, without error feedback.", "arXiv:1610.02132"),
     "loco-4bit": Preset(
         "ef(1)|int4(block=128)|ans",
         DENSE,
         "4 bits with compensation; LoCo keeps the error in 8 bits and resets it now and then.",
         "arXiv:2407.04480",
+    ),
+    "farflung": Preset(
+        "lookahead(0.25)|ef(0.95)|tiles(64)|topk(64/4096)|sign(block=512)|ans",
+        "sgd(lr=2.8)",
+        "Ours: signs of the top 64 of every tile, and a quarter of the own unsent progress kept. The outer rate is for "
+        "4 members: halve it if the loss jumps.",
+        "docs/compression.md",
     ),
 }

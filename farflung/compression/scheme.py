@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from io import BytesIO
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from farflung.compression.codec import Codec, Reader, Records, Row
+from farflung.compression.source import Source, Vector, numbers_of
 from farflung.protocol.errors import LocalError, PeerError
 from farflung.protocol.rows import WINDOW_ALIGN, DenseRow, SparseRow
 from farflung.protocol.schema import Schema
@@ -32,6 +34,12 @@ STRIDE = 4 * WINDOW_ALIGN
 PART = 8
 """Stretches that a thread takes at a time: 2 MiB of fp32, about 0.3 ms. Sparse formats also write so many in one call,
 since what they keep of a stretch costs less than the call."""
+
+FEW = 4
+"""The same for numbers that are touched twice: 1 MiB of fp32, half of a core's L2 cache."""
+
+DEVICE_RUN = 1 << 26
+"""Coordinates that a GPU writes at a time: 256 MiB of fp32, milliseconds."""
 
 NOBODY = "?"
 """The name in a PeerError raised here: a codec does not know whose bytes it reads; the caller does."""
@@ -92,13 +100,16 @@ class Scheme(NamedTuple):
     sparse: bool = False
     """Whether `read` gives sparse rows: such a format cannot carry the values of another."""
 
+    on_device: Callable[[Tensor], Tensor] | None = None
+    """(finite x_bn on a GPU, whole blocks) -> records_br there, byte for byte as `write` makes them."""
+
     threads: int = 1
     """On how many threads whole payloads are written and checked; changes no byte. The parser sets it."""
 
-    @property
-    def run(self) -> int:
-        """Coordinates to hand over at a time. Dice are thrown per stretch; what dense formats make must stay cached."""
-        return PART * STRIDE if self.sparse and not self.salted else STRIDE
+    def run(self, twice: bool = False) -> int:
+        """Coordinates to hand over at a time. Dice are thrown per stretch; what dense formats make must stay cached,
+        and so must numbers that are touched `twice`."""
+        return (FEW if twice else PART) * STRIDE if self.sparse and not self.salted else STRIDE
 
     def record_bytes(self, n: int) -> int:
         """Length of the record of a block of n coordinates."""
@@ -138,41 +149,14 @@ def strides(start: int, stop: int, step: int = STRIDE) -> Iterator[tuple[int, in
         yield first, min(first + step, stop)
 
 
-class Source(Protocol):
-    """Where a codec that writes run after run takes its numbers (see `Codec.stream`). Each coordinate is asked for
-    once, in any order, on several threads."""
-
-    @property
-    def listens(self) -> bool:
-        """Whether `give` wants to be called."""
-
-    def take(self, start: int, stop: int) -> Floats:
-        """The numbers to write."""
-
-    def give(self, start: int, stop: int, row: Row) -> None:
-        """What they decode to, while they are in the cache."""
-
-
-class Plain(NamedTuple):
-    """A vector to be written as it is."""
-
-    numbers: Callable[[int, int], Floats]
-    listens: bool = False
-
-    def take(self, start: int, stop: int) -> Floats:
-        """See `Source`."""
-        return self.numbers(start, stop)
-
-    def give(self, start: int, stop: int, row: Row) -> None:
-        """Nobody asked."""
-
-
 def stateless(scheme: Scheme) -> Codec:
     """The codec of a scheme: exact, without private or shared state. Encode costs the payload of memory."""
 
     def encode(update_d: Tensor, private: Any, shared: Any, round_index: int) -> tuple[bytes, Any]:
         require_update(update_d)
-        return write_all(Plain(numbers_of(update_d)), len(update_d), round_index), private
+        if scheme.on_device is not None and update_d.is_cuda and find_spec("triton") is not None:
+            return write_on_device(scheme, update_d), private
+        return write_all(Vector(numbers_of(update_d)), len(update_d), round_index), private
 
     def write_all(source: Source, d: int, round_index: int) -> bytes:
         now = scheme.of(round_index)
@@ -184,7 +168,7 @@ def stateless(scheme: Scheme) -> Codec:
                 if source.listens:
                     source.give(start, stop, now.read(list(pieces(now, octets, start, stop)), stop - start))
 
-            spread(write, d, scheme.threads, now.run)
+            spread(write, d, scheme.threads, now.run(source.listens))
 
         return filled(payload_bytes(now, d), fill)
 
@@ -207,7 +191,7 @@ def stateless(scheme: Scheme) -> Codec:
             for piece in pieces(now, octets, start, stop):
                 now.check(piece)
 
-        spread(check_stretch, schema.numel, scheme.threads, now.run)
+        spread(check_stretch, schema.numel, scheme.threads, now.run())
 
     return Codec(
         spec=scheme.spec,
@@ -221,6 +205,31 @@ def stateless(scheme: Scheme) -> Codec:
         stream=lambda source, schema, round_index: write_all(source, schema.numel, round_index),
         records=lambda payload, schema, round_index: [Records(scheme.of(round_index), payload, schema.numel)],
     )
+
+
+def write_on_device(scheme: Scheme, update_d: Tensor) -> bytes:
+    """The payload of an update, written where the update lives: only records cross the bus.
+
+    The short last block is written on the CPU. Costs the device the records of DEVICE_RUN coordinates. Raises
+    LocalError if an entry is not finite, or the format has no kernel for devices.
+    """
+    if scheme.on_device is None:
+        raise LocalError(f"{scheme.spec} is not written on devices")
+    if not bool(update_d.isfinite().all()):
+        raise LocalError("an update must be finite")
+    d, block, write = len(update_d), scheme.block, scheme.on_device
+    whole, record = d // block * block, scheme.record_bytes(block)
+
+    def fill(octets: Octets) -> None:
+        for start, stop in strides(0, whole, DEVICE_RUN):
+            records_br = write(update_d[start:stop].contiguous().view(-1, block)).cpu().numpy()
+            octets[start // block * record : stop // block * record] = records_br.reshape(-1)
+        if whole < d:
+            write_records(
+                scheme, update_d[whole:].cpu().numpy(), octets[whole // block * record :], whole, 0, base=whole
+            )
+
+    return filled(payload_bytes(scheme, d), fill)
 
 
 def write_stretch(scheme: Scheme, window_d: Floats, start: int, round_index: int) -> Octets:
@@ -238,14 +247,6 @@ def write_records(
     for piece in pieces(scheme, octets, start, start + len(window_d), base=base):
         first = piece.start - start
         scheme.write(window_d[first : first + piece.size].reshape(-1, piece.n), piece, salt)
-
-
-def numbers_of(update_d: Tensor) -> Callable[[int, int], Floats]:
-    """(start, stop) -> that part of a vector as numpy: a view on the CPU, a copy of just that part from a GPU."""
-    if update_d.device.type == "cpu":
-        whole_d: Floats = update_d.detach().contiguous().numpy()
-        return lambda start, stop: whole_d[start:stop]
-    return lambda start, stop: update_d[start:stop].detach().cpu().contiguous().numpy()
 
 
 def filled(size: int, fill: Callable[[Octets], None]) -> bytes:

@@ -7,7 +7,7 @@ from functools import cache
 import torch
 
 from farflung.compression import parse_codec
-from farflung.compression.parts import has_stage
+from farflung.compression.guards import has_stage
 from farflung.protocol.schema import Schema, TensorSpec
 
 VARYING = ("rice", "elias-fano", "ans", "warmup")

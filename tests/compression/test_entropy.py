@@ -170,7 +170,8 @@ def test_an_index_of_64_in_4096_costs_at_most_7_55_bits_by_rice_and_8_by_elias_f
 def test_logarithms_are_right_to_2_to_the_minus_15_and_kernels_agree_with_the_plain_ones():
     from farflung.compression.kernels import rans
 
-    for n in [*range(1, 5000), *random.Random(0).choices(range(1, 1 << 24), k=3000), 1 << 24]:
+    turning = [base * 2**shift + rest for shift in range(1, 10) for base in (4096, 4097) for rest in (-1, 0, 1, 3)]
+    for n in [*range(1, 5000), *turning, *random.Random(0).choices(range(1, 1 << 24), k=3000), 1 << 24]:
         assert rans.log2(n) == rans_reference.log2(n)
         assert abs(rans_reference.log2(n) / 65536 - np.log2(n)) < 2**-14
 

@@ -6,13 +6,15 @@ import pytest
 import torch
 
 from farflung.compression import codec_presets, parse_codec
-from farflung.compression.scheme import PART, STRIDE, Plain, numbers_of
+from farflung.compression.scheme import PART, STRIDE
+from farflung.compression.source import Vector, numbers_of
 from farflung.compression.wrappers.feedback import error_feedback
 from farflung.protocol.errors import ConfigError, LocalError
 from farflung.protocol.schema import Schema, TensorSpec
 
 FUSED = (
     *("fp32", "bf16", "int8", "int4", "int2", "q2", "topk(64/4096)|q2", "qsgd", "topk(64/4096)|ternary"),
+    *("tiles(64)|int4", "tiles(64)|topk(64/4096)|q2", "tiles(16)|topk(64/4096)|stat|ans", "tiles(64)|int8|ans"),
     *("topk(64/4096)|q2|rice", "topk(64/4096)|stat|ans", "int8|ans", "randk(64/4096)|q2|rice"),
 )
 LONG = 20 * STRIDE + 4099
@@ -61,10 +63,16 @@ def test_a_codec_that_writes_run_after_run_writes_what_it_encodes(spec, model, v
         assert not codec.private_tensors(private)
         for round_index in (0, 5):
             payload = codec.encode(update, private, shared, round_index)[0]
-            assert codec.stream(Plain(numbers_of(update)), model, round_index) == payload
+            assert codec.stream(Vector(numbers_of(update)), model, round_index) == payload
 
 
-@pytest.mark.parametrize("spec", ["int4", "ef(0.9)|int8", "ef(1, bound=0.1)|topk(64/4096)|q2", "ef(0.5)|ef(1)|int2", "ef(0.9)|topk(64/4096)|q2|ans"])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        *("int4", "ef(0.9)|int8", "ef(1, bound=0.1)|topk(64/4096)|q2", "ef(0.5)|rotate|int2"),
+        *("ef(0.9)|topk(64/4096)|q2|ans", "ef(0.9)|tiles(64)|topk(64/4096)|q2|rice"),
+    ],
+)
 def test_threads_change_no_byte(spec, schema_of, vector):
     if spec == "int4":
         update = vector("gauss", LONG)

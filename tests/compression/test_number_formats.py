@@ -18,7 +18,7 @@ from farflung.compression.formats import (
     statistical,
     stochastic,
 )
-from farflung.compression.kernels import codes_reference
+from farflung.compression.kernels import codes_reference, stat_reference
 from farflung.compression.kernels.codes import NF4_BOUNDS, NF4_VALUES
 from farflung.protocol.errors import ConfigError, LocalError, PeerError
 from farflung.protocol.limits import PAYLOAD_ABS_MAX
@@ -80,6 +80,7 @@ def plain_kernels(monkeypatch):
     def use():
         for module in (records, signs, small_floats, statistical, stochastic, natural):
             monkeypatch.setattr(module, "fastest_codes", lambda: codes_reference.KERNELS)
+        monkeypatch.setattr(statistical, "_kernels", lambda: stat_reference)
 
     return use
 

@@ -55,11 +55,23 @@ def test_defaults_are_written_out_and_spaces_dropped(spec, canonical):
         ("ef(1.5)|q2", 4, "beta"),
         ("ef(nan)|q2", 4, "beta"),
         ("ef|q2", 1, "beta is missing"),
+        ("ef(0.9, beta=0.5)|q2", 14, "beta is given twice"),
+        ("ef(1)|ef(1)|q2", 1, "error feedback after it already"),
+        ("ef(1)|ef21|q2", 1, "error feedback after it already"),
+        ("ef(1)|qsgd", 1, "grow without bound"),
+        ("ef(1)|randk(16/1024, form=unbiased)|fp32", 1, "grow without bound"),
+        ("ef(1)|sparseloco", 7, "a preset is a whole codec"),
+        ("tiles(64)|rules(1d=fp32, else=int2)", 1, "rules belong before it"),
+        ("rotate|lowrank(40)|fp32", 1, "its coordinates change in every round"),
+        ("tiles(64)|ef21|q2", 1, "nothing with a shared state"),
+        ("lookahead(1)|ef(1)|rules(head=lookahead(1)|ef(1)|q2, else=q2)", 14, "error feedback after it already"),
+        ("adapt(lowrank(40)|fp32, int2)", 7, "choices keep no state"),
+        ("cyclic(2)|cyclic(2)|int8", 1, "some parts would never be sent"),
         ("q2|", 4, "name"),
         ("q2(block=512", 13, "a ) is missing"),
         ("q2)", 3, "a ) without its ("),
         ("q2(block=)", 10, "an argument is missing"),
-        ("((((((", 5, "parentheses inside each other"),
+        ("(" * 12, 9, "parentheses inside each other"),
     ],
 )
 def test_an_error_names_the_column_and_what_is_allowed(spec, column, says):
@@ -71,6 +83,16 @@ def test_an_error_names_the_column_and_what_is_allowed(spec, column, says):
 def test_any_other_nonsense_is_a_config_error(spec):
     with pytest.raises(ConfigError):
         parse_codec(spec)
+
+
+def test_a_text_that_grows_beyond_the_limit_with_its_defaults_is_refused():
+    rules = ", ".join(f"*layer{i}*=tiles|topk(64/4096)|stat|ans" for i in range(40))
+    with pytest.raises(ConfigError, match="at most 2000 characters"):
+        parse_codec(f"rules({rules}, else=q2)")
+
+
+def test_a_preset_is_a_codec_wherever_a_whole_one_is_asked_for():
+    assert parse_codec("mix(opendiloco-fp16, q2)").spec == "mix(fp16, q2(block=512))"
 
 
 def test_importing_compression_does_not_import_numba():

@@ -321,6 +321,20 @@ def test_a_short_chunk_is_scaled_by_its_own_share(schema_of):
     assert row.value_k.tolist() == [4, 4, 4, 4, 3]
 
 
+@pytest.mark.parametrize("value", ["fp32", "bf16", "int8"])
+def test_scaled_numbers_near_the_end_of_fp32_saturate(value, schema_of):
+    x_d = torch.tensor([3e38, -3e38, 1e6, -2e5] * 16)  # 4 x 3e38 is infinite, 4 x 2e5 is not too large
+    row = roundtrip(f"randk(4/16, form=unbiased)|{value}", x_d, schema_of)
+    wanted = (4 * x_d.double()[row.index_k]).clamp(-1e6, 1e6).float()
+    torch.testing.assert_close(row.value_k, wanted, rtol=0.01, atol=0)
+
+
+@pytest.mark.parametrize("t", ["1.2345678", "0.0123456", "8", "0.5"])
+def test_the_text_of_a_dead_zone_keeps_its_digits(t):
+    codec = parse_codec(f"deadzone({t})|fp32")
+    assert codec.spec == f"deadzone({t})|fp32"
+
+
 def test_a_dead_zone_is_what_it_says(shape, schema_of, vector):
     x_d = vector(shape, 5000)
     row = roundtrip("deadzone(1.5)|bf16", x_d, schema_of).value_d

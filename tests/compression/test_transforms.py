@@ -23,9 +23,10 @@ from farflung.compression.kernels import sketch as sketch_kernels
 from farflung.compression.kernels import tiling as tiling_kernels
 from farflung.compression.transforms.dct import dct_table
 from farflung.compression.transforms.derived import seed_of
+from farflung.compression.transforms.factors import layout_of
 from farflung.compression.transforms.tiles import largest_divisor
 from farflung.protocol.errors import ConfigError, PeerError
-from farflung.protocol.limits import PAYLOAD_ABS_MAX
+from farflung.protocol.limits import PAYLOAD_ABS_MAX, TENSORS_MAX
 from farflung.protocol.rows import WINDOW_ALIGN, DenseRow, SparseRow
 from farflung.protocol.schema import Schema, TensorSpec
 
@@ -421,6 +422,26 @@ def test_factors_of_one_component_have_entries_of_one_size():
     left, right = flat[:120].reshape(2, 60), flat[120:].reshape(2, 100)
     ratio = (right**2).mean(1) / (left**2).mean(1)
     assert ((ratio > 1 / 16.001) & (ratio < 16.001)).all()
+
+
+@pytest.mark.parametrize("spec", ["lowrank(1)|fp32", "lowrank(1, shared)|fp32"])
+def test_a_model_of_as_many_matrices_as_there_may_be_has_factors_too(spec):
+    schema = Schema(tuple(TensorSpec(f"w{i:04d}", (3, 4), "float32") for i in range(TENSORS_MAX)))
+    update = (gauss(TENSORS_MAX, 3, 1, seed=1) * gauss(TENSORS_MAX, 1, 4, seed=2)).reshape(-1)
+    payload, row = round_trip(spec, schema, update)
+    assert len(payload) == 4 * TENSORS_MAX * (3 if "shared" in spec else 3 + 4)
+    assert ("shared" in spec) or relative(row - update, update) < 1e-6
+
+
+@pytest.mark.parametrize("sends", ["PQ", "P", "Q"])
+def test_no_model_has_more_derived_tensors_than_its_own(sends):
+    schema = schema_with(**SHAPES)
+    layout = layout_of(schema, 2, sends)
+    assert len(layout.derived.tensors) == len(schema.tensors)
+    at = dict(zip(layout.derived.offsets, layout.derived.tensors, strict=True))
+    for part in layout.parts:
+        length = {"PQ": part.rows + part.columns, "P": part.rows, "Q": part.columns}[sends]
+        assert at[part.at].numel == (2 * length if part.rows else part.size)
 
 
 def test_products_beyond_the_limit_are_cut_at_it():

@@ -383,6 +383,19 @@ def test_ef21_adds_only_rows_that_counted_and_a_joiner_begins_where_the_swarm_is
     assert torch.equal(private.estimate_d + private.sent_d, decode(codec, payload, schema, shared, 2))
 
 
+@pytest.mark.parametrize("first", [Reason.KEPT, Reason.LATE])
+@pytest.mark.parametrize("then", [Reason.KEPT, Reason.LATE, Reason.CUT, Reason.ANOMALY, Reason.ABSTAINED])
+def test_only_the_first_verdict_on_what_ef21_sent_counts(first, then, schema_of):
+    codec, schema = parse_codec("ef21|topk(64/4096)|fp32"), schema_of(4096)
+    private, shared = codec.init(schema)
+    shared = codec.advance(shared, integers(4096, 5), 0)
+    payload, private = codec.encode(integers(4096, 1), private, shared, 1)
+    wanted = decode(codec, payload, schema, shared, 1) if first is Reason.KEPT else integers(4096, 5)
+    for reason in (first, then, then):
+        private = codec.observe(private, Verdict(0.0, reason))
+        assert torch.equal(private.estimate_d + private.sent_d, wanted)
+
+
 # -- configuration -------------------------------------------------------------------------------------------------
 
 

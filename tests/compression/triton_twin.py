@@ -16,7 +16,7 @@ from conftest import SHAPES, make_vector
 from farflung.compression import kernels
 from farflung.compression.formats import dense
 from farflung.compression.kernels import cuda
-from farflung.compression.scheme import Piece
+from farflung.compression.scheme import Piece, stateless, write_on_device
 
 
 def same(device_array, host_array):
@@ -32,6 +32,12 @@ def compare(name, block, vector_d, device):
     value_d = scheme.read([piece], x_bn.numel()).value_d.numpy()
     if not same(cuda.records(name, x_bn.to(device)), record_br):
         yield f"{scheme.spec} encode"
+    codec = stateless(scheme)
+    if (
+        write_on_device(scheme, vector_d[: -block // 2].to(device))
+        != codec.encode(vector_d[: -block // 2], None, None, 0)[0]
+    ):
+        yield f"{scheme.spec} payload"
     if not same(cuda.values(name, torch.from_numpy(record_br).to(device), block), value_d):
         yield f"{scheme.spec} decode"
 

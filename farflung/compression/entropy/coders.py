@@ -19,7 +19,7 @@ canonical ones.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
@@ -35,11 +35,8 @@ from farflung.compression.scheme import (
     STRIDE,
     Octets,
     Piece,
-    Plain,
     Scheme,
-    Source,
     cut,
-    numbers_of,
     payload_bytes,
     pieces,
     require_update,
@@ -48,6 +45,7 @@ from farflung.compression.scheme import (
     stateless,
     write_stretch,
 )
+from farflung.compression.source import Source, Vector, numbers_of
 from farflung.compression.stage import Body, Build, Coder, Stage
 from farflung.protocol.errors import LocalError, PeerError
 from farflung.protocol.schema import Schema
@@ -128,10 +126,7 @@ def coded(spec: str, *, symbols: bool, index: int) -> Coder:
 
         def encode(update_d: Tensor, private: Any, shared: Any, round_index: int) -> tuple[bytes, Any]:
             require_update(update_d)
-            return write_all(Plain(numbers_of(update_d)), len(update_d), round_index), private
-
-        def stream(source: Source, schema: Schema, round_index: int) -> bytes:
-            return write_all(source, schema.numel, round_index)
+            return write_all(Vector(numbers_of(update_d)), len(update_d), round_index), private
 
         def write_all(source: Source, d: int, round_index: int) -> bytes:
             frame = frame_in(round_index, d)
@@ -146,7 +141,7 @@ def coded(spec: str, *, symbols: bool, index: int) -> Coder:
                     source.give(start, stop, frame.scheme.read(found, stop - start))
                 parts[start] = _pack(frame, start, stop, records_r, length_s)
 
-            spread(write, d, scheme.threads, frame.scheme.run)
+            spread(write, d, scheme.threads, frame.scheme.run(source.listens))
             table_s4 = length_s.view(np.uint8).reshape(-1, 4)[:, : frame.width]
             return b"".join([table_s4.tobytes(), *(parts[start] for start in sorted(parts))])
 
@@ -162,13 +157,10 @@ def coded(spec: str, *, symbols: bool, index: int) -> Coder:
                 for piece in _unpack(frame, start // STRIDE, -(-stop // STRIDE), octets, end_s):
                     frame.scheme.check(piece)
 
-            spread(check_run, schema.numel, scheme.threads, frame.scheme.run)
+            spread(check_run, schema.numel, scheme.threads, frame.scheme.run())
 
         def records(payload: bytes, schema: Schema, round_index: int) -> list[Records]:
-            frame = frame_in(round_index, schema.numel)
-            octets, end_s = np.frombuffer(payload, np.uint8), _ends(frame, payload)
-            found = _unpack(frame, 0, frame.sections, octets, end_s)
-            return [Records(frame.scheme, b"".join(piece.records_br.tobytes() for piece in found), schema.numel)]
+            return _plain_records(frame_in(round_index, schema.numel), payload)
 
         def bits(schema: Schema) -> float:
             return 8 * same_each_round(schema.numel).worst_bytes / schema.numel
@@ -179,11 +171,17 @@ def coded(spec: str, *, symbols: bool, index: int) -> Coder:
             open=open_,
             check=check,
             bits=bits,
-            stream=stream,
+            stream=lambda source, schema, round_index: write_all(source, schema.numel, round_index),
             records=records,
         )
 
     return Coder(spec, attach)
+
+
+def _plain_records(frame: Frame, payload: bytes) -> list[Records]:
+    """What `stateless` would have sent."""
+    found = _unpack(frame, 0, frame.sections, np.frombuffer(payload, np.uint8), _ends(frame, payload))
+    return [Records(frame.scheme, b"".join(piece.records_br.tobytes() for piece in found), frame.d)]
 
 
 def _ends(frame: Frame, payload: bytes) -> Ends:

@@ -9,6 +9,7 @@ import numpy as np
 from farflung.compression.formats.sparse import over_values
 from farflung.compression.grammar import Arguments
 from farflung.compression.kernels.selection import fastest_selection
+from farflung.compression.parts import decimal_text
 from farflung.compression.scheme import Floats, Piece, Scheme
 from farflung.compression.stage import Body, Stage, require
 from farflung.protocol.errors import LocalError
@@ -31,7 +32,7 @@ def deadzone(t: float, value: Scheme) -> Scheme:
             raise LocalError(f"an update must be finite: found {x_bn[~np.isfinite(x_bn)][0]}")
         value.write(kept_bn, piece, salt)
 
-    return value._replace(spec=f"deadzone({t:g})|{value.spec}", write=write)
+    return value._replace(spec=f"deadzone({decimal_text(t)})|{value.spec}", write=write)
 
 
 def _build(arguments: Arguments, inner: Body | None, parse: Any) -> Body:

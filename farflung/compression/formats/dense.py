@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from farflung.compression.grammar import Arguments
 from farflung.compression.kernels import (
@@ -52,7 +53,7 @@ def int8(block: int) -> Scheme:
     Canonical: the scale is 0 or normal, and the one that its own 127-fold gives; some byte of a block is +-127, none
     is -128, all are 0 if the scale is. Blocks below 127 x 2**-126 become zero; -0.0 becomes 0.
     """
-    return _scheme(f"int8(block={block})", block, _coded(4, 8), lambda kernels: kernels.int8)
+    return _scheme(f"int8(block={block})", block, _coded(4, 8), lambda kernels: kernels.int8, "int8")
 
 
 def int4(block: int) -> Scheme:
@@ -63,7 +64,7 @@ def int4(block: int) -> Scheme:
     |error| <= scale / 2; a decoded value is exact (11 significant bits). Canonical: the scale is 0 or normal; some code
     of a block is +-7, none is -8, all are 0 if the scale is. -0.0 becomes 0. (arXiv:2110.02861, §2.1, with 4 bits.)
     """
-    return _scheme(f"int4(block={block})", block, _coded(2, 4), lambda kernels: kernels.int4)
+    return _scheme(f"int4(block={block})", block, _coded(2, 4), lambda kernels: kernels.int4, "int4")
 
 
 def int2(block: int) -> Scheme:
@@ -72,7 +73,7 @@ def int2(block: int) -> Scheme:
     Record: a bf16 scale (2 bytes), then ceil(n / 4) bytes of four two's complement codes each, as in `int4`, q =
     ceil(n / 4); none is -2. 2 + 16 / block bits per parameter. |error| <= scale / 2. Needs error feedback.
     """
-    return _scheme(f"int2(block={block})", block, _coded(2, 2), lambda kernels: kernels.int2)
+    return _scheme(f"int2(block={block})", block, _coded(2, 2), lambda kernels: kernels.int2, "int2")
 
 
 def q2(block: int) -> Scheme:
@@ -84,11 +85,15 @@ def q2(block: int) -> Scheme:
     rounding of the levels (conditional means as in arXiv:2508.15706, here without a shift, so that zero stays zero).
     Canonical: 0 <= low < high or both 0; a level that is not 0 is used; a level that is 0 has no sign.
     """
-    return _scheme(f"q2(block={block})", block, _coded(4, 2), lambda kernels: kernels.q2)
+    return _scheme(f"q2(block={block})", block, _coded(4, 2), lambda kernels: kernels.q2, "q2")
 
 
 def _scheme(
-    spec: str, block: int, fields: Callable[[int], tuple[Field, ...]], pick: Callable[[Kernels], Packing]
+    spec: str,
+    block: int,
+    fields: Callable[[int], tuple[Field, ...]],
+    pick: Callable[[Kernels], Packing],
+    on_device: str = "",
 ) -> Scheme:
     """A scheme whose kernels see a whole piece at once: one pass measures and writes, one checks and reads."""
 
@@ -118,7 +123,12 @@ def _scheme(
     def check(piece: Piece) -> None:
         fill(piece, np.empty(piece.size, np.float32))  # as fast as looking without decoding: it stays in the cache
 
-    return Scheme(spec, block, fields, write, check, read)
+    def write_there(x_bn: Tensor) -> Tensor:
+        from farflung.compression.kernels import cuda
+
+        return cuda.records(on_device, x_bn)
+
+    return Scheme(spec, block, fields, write, check, read, on_device=write_there if on_device else None)
 
 
 def _coded(scale_bytes: int, bits: int) -> Callable[[int], tuple[Field, ...]]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from farflung.compression.codec import Codec, Reader, Row
 from farflung.compression.formats.sparse import move_codes, refuse_infinite, values_of
 from farflung.compression.grammar import Arguments
+from farflung.compression.kernels.selection import Places, fastest_selection
 from farflung.compression.scheme import (
     NOBODY,
     STRIDE,
@@ -59,8 +60,10 @@ def global_topk(ratio: float, value: Scheme) -> Codec:
     of that many, and their indices by Elias-Fano: low = floor(log2(n / count)) bits each, packed; then from a new byte
     on count + ((n - 1) >> low) bits, of which p + (index_p >> low) are set; units without values have no bytes.
     About 2 + log2(1 / ratio) bits per index, half a bit above their entropy. ||x - sent||^2 <= (1 - k / d) ||x||^2
-    (arXiv:1809.07599, §2). Canonical: indices strictly increase, no kept value is 0 (`encode` leaves out what the
-    format cannot carry), and there are at most k. Encoding passes four times over the vector, without copying it.
+    (arXiv:1809.07599, §2). Canonical: indices strictly increase, and there are at most k. `encode` leaves out what the
+    format makes 0, so that no kept value of a unit is 0, unless the format refuses the block without its zeros (`stat`
+    lists 0 among its levels): then all stay, each +0.0, and the p-th kept value is at index p, so that zeros take the
+    lowest free places, and some value is not 0. Encoding passes four times over the vector, without copying it.
     """
     parts = round(ratio * PARTS)
     require(0 < parts <= PARTS and not value.sparse, f"no global top-k of {ratio} over {value.spec}")
@@ -183,14 +186,37 @@ def _write_unit(
     value.write(kept_k[None, :found], Piece(values_br, found, start), salt)
     value_k = values_of(value, values_br, found)[0]
     if not value_k.all():
-        stay_s = value_k.nonzero()[0].astype(np.int32)
-        if not len(stay_s):
+        values_br, place_k = _settled(value, values_br, value_k, place_k[:found])
+        found = len(place_k)
+        if not found:
             return 0, b"", ties
-        values_br = move_codes(value, values_br, value_k[None], stay_s[None])
-        place_k, found = place_k[stay_s], len(stay_s)
     out_r = np.empty(_elias_bytes(n, found), np.uint8)
     elias_write(place_k[:found], _low_bits(n, found), out_r)
     return found, values_br.tobytes() + out_r.tobytes(), ties
+
+
+def _settled(value: Scheme, values_br: Octets, value_k: Floats, place_k: Places) -> tuple[Octets, Places]:
+    """A unit some of whose values are 0, without them, or with them at the lowest free places."""
+    without_br = _without_zeros(value, values_br, value_k)
+    if without_br is not None:
+        return without_br, place_k[value_k != 0]
+    place_bk, order_bk, count_c = place_k[None].copy(), np.empty((1, len(place_k)), np.int32), np.array([len(place_k)])
+    if fastest_selection().settle_zeros(place_bk, value_k[None], count_c, order_bk):
+        values_br = move_codes(value, values_br, value_k[None], order_bk)
+    return values_br, place_bk[0]
+
+
+def _without_zeros(value: Scheme, values_br: Octets, value_k: Floats) -> Octets | None:
+    """A unit's record of its values that are not 0, empty if all are; None if the format refuses it."""
+    stay_s = value_k.nonzero()[0].astype(np.int32)
+    if not len(stay_s):
+        return np.empty((1, 0), np.uint8)
+    moved_br = move_codes(value, values_br, value_k[None], stay_s[None])
+    try:
+        value.check(Piece(moved_br, len(stay_s), 0))
+    except PeerError:
+        return None
+    return moved_br
 
 
 def _read_unit(value: Scheme, units: Units, u: int, n: int) -> tuple[NDArray[np.int64], Floats]:
@@ -207,7 +233,11 @@ def _read_unit(value: Scheme, units: Units, u: int, n: int) -> tuple[NDArray[np.
     if not elias_read(body_r[split:], _low_bits(n, count), n, index_k):
         raise PeerError(NOBODY, f"indices do not strictly increase below {n}, or a loose bit is set, in unit {u}")
     if not value_k.all():
-        raise PeerError(NOBODY, f"a kept value is 0, in unit {u}")
+        zero_k = value_k == 0
+        if (index_k != np.arange(count))[zero_k].any() or value_k.view(np.int32)[zero_k].any():
+            raise PeerError(NOBODY, f"a kept value is 0 and has a sign or not the lowest free place, in unit {u}")
+        if _without_zeros(value, body_r[None, :split], value_k) is not None:
+            raise PeerError(NOBODY, f"a kept value is 0 and could be left out, in unit {u}")
     return index_k, value_k
 
 
@@ -244,6 +274,7 @@ STAGES = (
             "global-topk(0.015625)|q2",
             "global-topk(0.01)|bf16",
             "global-topk(0.2)|ternary",
+            "global-topk(0.05)|stat",
             "ef(1)|global-topk(0.05)|int8",
         ),
     ),

@@ -15,6 +15,7 @@ from farflung.compression.kernels.codes import fastest_codes
 from farflung.compression.kernels.selection import Places, fastest_selection
 from farflung.compression.scheme import Field, Floats, Piece, Scheme
 from farflung.compression.stage import Body, Stage, require
+from farflung.protocol.limits import PAYLOAD_ABS_MAX
 from farflung.protocol.rows import WINDOW_ALIGN, SparseRow
 
 Form = Literal["biased", "unbiased"]
@@ -67,10 +68,9 @@ def _of_seed(seed: int, k: int, chunk: int, form: Form, value: Scheme, scheme: S
     def write(x_bn: Floats, piece: Piece, salt: int) -> None:
         refuse_infinite(int(fastest_codes().absmax(np.ascontiguousarray(x_bn)).max().view(np.int32)))
         kept_bk = x_bn.reshape(-1)[places(piece)]
-        if form == "unbiased":
-            kept_bk *= _gains(piece.n, k, chunk)
+        if form == "unbiased":  # saturates as the value format does, but before the product overflows
+            kept_bk = kept_bk.clip(-PAYLOAD_ABS_MAX, PAYLOAD_ABS_MAX) * _gains(piece.n, k, chunk)
         count = kept_bk.shape[1]
-        kept_bk = np.nan_to_num(kept_bk, copy=False)  # what overflowed saturates, as the value format does
         value.write(kept_bk, Piece(piece.records_br, count, piece.start), salt)
 
     def check(piece: Piece) -> None:

@@ -2,7 +2,8 @@
 
 The dice are a hash of the stretch's salt and the coordinate, so encoding is a function of the update and the round.
 Over the dice (one draw per round or member) the decoded row has the mean x; the next rounding of fp32 and the 2**-30 of
-the dice aside. Such a format wants no error feedback; it works with it too.
+the dice aside. Such a format wants no error feedback: unbiasedness is paid for with variance, and where the error is
+longer than what was encoded, error feedback grows without bound (see `qsgd`).
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ def ternary(block: int) -> Scheme:
 
     Record: s (fp32), then 2-bit codes: 2 x negative + 1, or 0. 2 + 32 / block bits per parameter; log2(3) with an
     entropy coder. Unbiased, variance |x| (s - |x|). Canonical: s is 0 or a normal number; some code is not 0 unless s
-    is; code 2 is none. Blocks below 2**-126 become zero.
+    is; code 2 is none. Blocks below 2**-126 become zero. Behind error feedback what was not sent becomes many times the
+    update but stays bounded: |e| / |x| was 8.3 after 60 rounds of Gaussian numbers (an entry equal to s is sent fully).
     """
 
     def write(x_bn: Floats, out_br: Octets, start: int, salt: int) -> None:
@@ -79,6 +81,9 @@ def qsgd(levels: int, block: int) -> Scheme:
     PAYLOAD_ABS_MAX takes that for it: larger entries saturate. Blocks of a step below 2**-126 become zero.
 
     Not a fixed point: encoding what was decoded gives another norm.
+
+    Error feedback needs a variance below ||x||^2, so n <= levels^2 or so (arXiv:1901.09847, Assumption A). Measured,
+    |e| / |x| with a fresh Gaussian x per round: 7 levels on 512, 1.3 after one round and 630 after 60; 7 on 32, 0.35.
     """
     require(1 <= levels <= LEVELS_MAX, f"levels must be from 1 to {LEVELS_MAX}, got {levels}")
     bits = 2 if levels == 1 else 4 if levels <= 7 else 8

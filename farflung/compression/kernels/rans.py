@@ -29,7 +29,7 @@ TABLE_BYTES_MAX = 512
 
 @jit
 def log2(n: int) -> int:
-    """log2(n) in units of 2^-16, n >= 1: the table, and between its points a straight line."""
+    """log2(n) in units of 2^-16, n >= 1: the table (to 4097), and between its points a straight line."""
     shift = 0
     while n >> shift > 4096:
         shift += 1

@@ -22,8 +22,8 @@ UNITS = 1 << 16
 
 
 def _log2_table() -> NDArray[np.int64]:
-    """log2(n) in UNITS, rounded down bit by bit in integers, for n = 1..4096 (and 0 at 0)."""
-    log_n = np.zeros((1 << PRECISION_MAX) + 1, np.int64)
+    """log2(n) in UNITS, rounded down bit by bit in integers, for n = 1..4097, where the last line ends (0 at 0)."""
+    log_n = np.zeros((1 << PRECISION_MAX) + 2, np.int64)
     for n in range(1, len(log_n)):
         whole = n.bit_length() - 1
         mantissa, found = (n << 31) >> whole, whole

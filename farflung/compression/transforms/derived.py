@@ -16,17 +16,14 @@ from torch import Tensor
 
 from farflung.compression.codec import Codec, Reader, Row
 from farflung.compression.grammar import StageText
+from farflung.compression.guards import has_stage, keeps_state, shares_state
 from farflung.compression.scheme import Floats, require_update, strides
 from farflung.compression.stage import Body, on_codec
 from farflung.protocol.errors import LocalError
 from farflung.protocol.limits import PAYLOAD_ABS_MAX
 from farflung.protocol.rows import DenseRow
-from farflung.protocol.schema import Schema, TensorSpec
 
 Doubles = NDArray[np.float64]
-
-PROBE = Schema((TensorSpec("w", (8, 8), "float32"),))
-"""Any schema: what state a codec keeps does not depend on it."""
 
 
 def admit(update_d: Tensor, d: int) -> Floats:
@@ -93,12 +90,13 @@ def inner_codec(inner: Body | None, stage: StageText, *, fixed: bool) -> Codec:
     Refuses what works on the model's own coordinates only, and a memory of coordinates that are other ones by then.
     """
     codec = on_codec(inner, stage)
-    private, shared = codec.init(PROBE)
-    if codec.ahead(private) is not None:
+    if has_stage(codec, "lookahead"):
         stage.refuse("lookahead belongs before a transform", f"lookahead(1)|...|{stage}|q2")
-    if codec.shared_tensors(shared):
+    if has_stage(codec, "rules"):
+        stage.refuse("its tensors are not the model's: rules belong before it", f"rules(1d=fp16, else={stage}|q2)")
+    if shares_state(codec):
         stage.refuse("nothing with a shared state may follow a transform", f"{stage}|q2")
-    if not fixed and codec.private_tensors(private):
+    if not fixed and keeps_state(codec):
         stage.refuse(
             "its coordinates change in every round: what remembers them belongs before it", f"ef(1)|{stage}|q2"
         )

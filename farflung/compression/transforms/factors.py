@@ -1,8 +1,9 @@
 """What both low-rank codecs share: which tensors are worth factors, where factors lie, and how windows are rebuilt.
 
-A tensor of two or more dimensions counts as a matrix [m, n] = [first dimension, all others]. Its derived tensors are
-`name.P` [r, m] and `name.Q` [r, n], one component after the other, so that a quantiser's blocks run along components.
-What is not worth it goes along unchanged, after all factors.
+A tensor of two or more dimensions counts as a matrix [m, n] = [first dimension, all others]. Its factors are P [r, m]
+and Q [r, n], one component after the other, so that a quantiser's blocks run along components. Its derived tensor is
+`name.P` or `name.Q` if one of them is sent, and the vector `name.PQ` [r (m + n)], P before Q, if both are: there are
+never more derived tensors than the model has. What is not worth it goes along unchanged, after all factors.
 """
 
 from __future__ import annotations
@@ -85,10 +86,8 @@ def layout_of(schema: Schema, rank: int, sends: Sends) -> Layout:
             plain.append((tensor, start))
             continue
         parts.append(Part(tensor.name, start, tensor.numel, rows, columns, at))
-        if "P" in sends:
-            add(f"{tensor.name}.P", (rank, rows))
-        if "Q" in sends:
-            add(f"{tensor.name}.Q", (rank, columns))
+        shapes = {"PQ": (rank * (rows + columns),), "P": (rank, rows), "Q": (rank, columns)}
+        add(f"{tensor.name}.{sends}", shapes[sends])
     for tensor, start in plain:
         parts.append(Part(tensor.name, start, tensor.numel, 0, 0, at))
         add(tensor.name, tensor.shape)

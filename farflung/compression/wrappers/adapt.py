@@ -10,11 +10,10 @@ from torch import Tensor
 
 from farflung.compression.codec import Codec, Link, Reader
 from farflung.compression.grammar import Arguments
+from farflung.compression.guards import has_stage, keeps_state
 from farflung.compression.parts import (
     decimal_text,
-    has_stage,
     in_order,
-    keeps_state,
     norm,
     part_of,
     require_finite,
@@ -53,6 +52,7 @@ def adapt(choices: tuple[Codec, ...], share: float, guard: float) -> Codec:
     next finer one is tried, up to the first. The measurement is not saved: after a restart it is taken anew.
     Choices keep no private state: put error feedback before. Shared states of all move with every certificate.
     Encoding costs one pass more, and one encoding more per step of the guard; bits are those of the largest choice.
+    Canonical per choice only: one row may have a spelling in each of them.
     """
     require(2 <= len(choices) <= CHOICES_MAX and not any(map(_unfit, choices)), f"{len(choices)} choices")
     require(not disorder(choices), disorder(choices))
@@ -167,15 +167,14 @@ def _with_states(plain: Codec, choices: tuple[Codec, ...]) -> Codec:
 
 def _unfit(codec: Codec) -> str:
     """Why a codec cannot be a choice, or ""."""
-    stateful = keeps_state(codec) or any(has_stage(codec, name) for name in ("ef", "ef21", "dgc", "adapt"))
+    stateful = keeps_state(codec) or has_stage(codec, "adapt")
     return "choices keep no state of their own: put ef before adapt" if stateful else ""
 
 
 def _build(arguments: Arguments, inner: Body | None, parse: Any) -> Body:
     stage = arguments.stage
-    keys = [item.key for item in stage.arguments]
-    share = arguments.decimal("share", 0.0001, 100) if "share" in keys else SHARE
-    guard = arguments.decimal("guard", 0.0001, 1) if "guard" in keys else GUARD
+    share = arguments.decimal("share", 0.0001, 100, SHARE, keyed=True)
+    guard = arguments.decimal("guard", 0.0001, 1, GUARD, keyed=True)
     given = arguments.rest()
     if inner is not None:
         stage.refuse("nothing may follow: its codecs stand inside", EXAMPLE)

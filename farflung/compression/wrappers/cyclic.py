@@ -91,6 +91,8 @@ def _at(turn: int, parts: int, inner: Scheme) -> Scheme:
 
 def _build(arguments: Arguments, inner: Body | None, parse: Any) -> Body:
     scheme = inner.scheme if isinstance(inner, Coded) else inner
+    if isinstance(scheme, Scheme) and "cyclic(" in scheme.spec:
+        arguments.stage.refuse("both would take their turn from the same round: some parts would never be sent")
     parts_max = STRIDE // stripe_of(scheme) if isinstance(scheme, Scheme) else STRIDE // STRIPE
     if parts_max < 2:
         arguments.stage.refuse(f"needs blocks of at most {STRIDE // 2} after it")

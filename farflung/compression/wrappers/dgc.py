@@ -10,10 +10,10 @@ from torch import Tensor
 
 from farflung.compression.codec import Codec, Link
 from farflung.compression.grammar import Arguments
+from farflung.compression.guards import has_stage
 from farflung.compression.parts import (
     clamp,
     decimal_text,
-    has_stage,
     norm,
     part_of,
     require_finite,

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from farflung.compression.codec import Codec, Link, Reader, Row
 from farflung.compression.grammar import Arguments
+from farflung.compression.guards import has_stage
 from farflung.compression.parts import (
     add_rows,
     clamp,
-    has_stage,
     in_order,
     part_of,
     put_row,
@@ -29,6 +29,7 @@ from farflung.protocol.schema import Schema
 
 class Estimate(NamedTuple):
     """A member's private state: g, and what the last encode sent, which belongs to g unless a verdict says otherwise.
+    The first verdict adds it to g or drops it, and leaves zeros.
 
     Both None until the first encode: then g is what the swarm knows, so that a joiner does not shift the mean.
     """
@@ -102,8 +103,11 @@ def _with_states(plain: Codec, inner: Codec) -> Codec:
     """The part of `ef21` that keeps, moves and saves its states."""
 
     def observe(private: Estimate, verdict: Verdict) -> Estimate:
-        if private.sent_d is not None and verdict.reason in (Reason.LATE, Reason.CUT, Reason.ANOMALY):
-            private.sent_d.zero_()
+        if private.estimate_d is not None and private.sent_d is not None:
+            if verdict.reason is Reason.KEPT:
+                clamp(private.estimate_d.add_(private.sent_d))
+            if verdict.reason is not Reason.ABSTAINED:  # settled: a later verdict finds nothing to add or take back
+                private.sent_d.zero_()
         return private._replace(inner=inner.observe(private.inner, verdict))
 
     def tune(private: Estimate, link: Link) -> Estimate:

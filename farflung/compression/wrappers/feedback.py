@@ -10,15 +10,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from farflung.compression.codec import Codec, Row
+from farflung.compression.codec import Codec
 from farflung.compression.grammar import Arguments
+from farflung.compression.guards import FEEDBACK, expands, has_stage
 from farflung.compression.kernels import ABS_MAX_BITS, fastest
 from farflung.compression.parts import decimal_text
-from farflung.compression.scheme import Floats, numbers_of, spread, strides
+from farflung.compression.scheme import spread, strides
+from farflung.compression.source import Vector, numbers_of, take_away
 from farflung.compression.stage import Body, Stage, on_codec
 from farflung.protocol.errors import LocalError
 from farflung.protocol.limits import PAYLOAD_ABS_MAX
-from farflung.protocol.rows import DenseRow, Reason, Verdict
+from farflung.protocol.rows import Reason, Verdict
 from farflung.protocol.schema import Schema
 
 
@@ -103,29 +105,10 @@ def _whole(inner: Codec) -> Send:
         payload, inner_private = inner.encode(private.error_d, private.inner, shared, round_index)
         read = inner.open(payload, private.schema, shared, round_index)
         for start, stop in strides(0, len(error_d)):
-            _subtract(error_d[start:stop], read(start, stop))
+            take_away(error_d[start:stop], read(start, stop))
         return payload, inner_private
 
     return send
-
-
-class Carrying(NamedTuple):
-    """The source (see `scheme.Source`) of beta e + update, made in e's own memory, from which what is sent is taken."""
-
-    error_d: Floats
-    numbers: Callable[[int, int], Floats]
-    beta: np.float32
-    listens: bool = True
-
-    def take(self, start: int, stop: int) -> Floats:
-        """beta e + update."""
-        window_d = self.error_d[start:stop]
-        fastest().carry(window_d, self.numbers(start, stop), self.beta)
-        return window_d
-
-    def give(self, start: int, stop: int, row: Row) -> None:
-        """e = what was wanted - what is sent."""
-        _subtract(self.error_d[start:stop], row)
 
 
 def _by_run(inner: Codec) -> Send:
@@ -134,17 +117,10 @@ def _by_run(inner: Codec) -> Send:
     def send(beta: np.float32, update_d: Tensor, private: Feedback, shared: Any, round_index: int) -> tuple[bytes, Any]:
         if inner.stream is None:
             raise LocalError(f"{inner.spec} does not write run after run")
-        source = Carrying(private.error_d.numpy(), numbers_of(update_d), beta)
+        source = Vector(numbers_of(update_d), private.error_d.numpy(), beta)
         return inner.stream(source, private.schema, round_index), private.inner
 
     return send
-
-
-def _subtract(window_d: Floats, row: Row) -> None:
-    if isinstance(row, DenseRow):
-        window_d -= row.value_d.numpy()
-    else:
-        fastest().take_away(window_d, row.index_k.numpy(), row.value_k.numpy())
 
 
 def length(vector_d: Tensor) -> float:
@@ -175,10 +151,15 @@ def _refuse_wild(update_d: Tensor, error_d: Tensor, threads: int) -> None:
 
 def _build(arguments: Arguments, inner: Body | None, parse: Any) -> Body:
     beta = arguments.decimal("beta", 0.001, 1)
-    given = any(item.key == "bound" for item in arguments.stage.arguments) or len(arguments.stage.arguments) > 1
+    given = len(arguments.stage.arguments) > 1
     bound = arguments.decimal("bound", 0.001, 1000) if given else None
     arguments.end()
-    return error_feedback(beta, on_codec(inner, arguments.stage), bound=bound)
+    codec = on_codec(inner, arguments.stage)
+    if has_stage(codec, *FEEDBACK, "lookahead"):
+        arguments.stage.refuse("there is error feedback after it already, or a lookahead, which goes first", "ef(1)|q2")
+    if expands(codec):
+        arguments.stage.refuse(f"error feedback would grow without bound: {expands(codec)}")
+    return error_feedback(beta, codec, bound=bound)
 
 
 STAGES = (

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from farflung.compression.codec import Codec
 from farflung.compression.grammar import Arguments
+from farflung.compression.guards import has_stage
 from farflung.compression.parts import PROBE, RESIDUAL, decimal_text
 from farflung.compression.stage import Body, Stage, on_codec, require
 
@@ -40,8 +41,8 @@ def _build(arguments: Arguments, inner: Body | None, parse: Any) -> Body:
     arguments.end()
     codec = on_codec(inner, arguments.stage)
     if not has_feedback(codec):
-        arguments.stage.refuse("needs error feedback after it", f"{arguments.stage}|ef(1)|{codec.spec}")
-    if codec.ahead(codec.init(PROBE)[0]) is not None:
+        arguments.stage.refuse("needs error feedback directly after it", f"{arguments.stage}|ef(1)|q2")
+    if has_stage(codec, "lookahead"):
         arguments.stage.refuse("there is a lookahead after it already")
     return lookahead(share, codec)
 

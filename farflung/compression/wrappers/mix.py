@@ -9,12 +9,12 @@ from torch import Tensor
 
 from farflung.compression.codec import Codec, Link, Reader, Row
 from farflung.compression.grammar import Arguments
+from farflung.compression.guards import has_stage
 from farflung.compression.parts import (
     LENGTH_BYTES,
     add_rows,
     clamp,
     frame,
-    has_stage,
     in_order,
     part_of,
     require_finite,

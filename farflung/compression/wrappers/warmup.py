@@ -8,7 +8,7 @@ from torch import Tensor
 
 from farflung.compression.codec import Codec, Link, Reader
 from farflung.compression.grammar import Arguments
-from farflung.compression.parts import in_order, keeps_state, part_of, within
+from farflung.compression.parts import in_order, part_of, within
 from farflung.compression.stage import Body, Stage, on_codec, require
 from farflung.protocol.errors import LocalError
 from farflung.protocol.rows import Verdict
@@ -95,7 +95,7 @@ def _with_states(plain: Codec, first: Codec, later: Codec) -> Codec:
 
     def restore_private(schema: Schema, tensors: dict[str, Tensor]) -> Warm:
         own = part_of("first", tensors)
-        warming = bool(own) or not keeps_state(first, schema)
+        warming = bool(own) or not first.private_tensors(first.init(schema)[0])
         inner = later.restore_private(schema, part_of("later", tensors))
         return Warm(first.restore_private(schema, own) if warming else None, inner, warming)
 

@@ -23,25 +23,29 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
 
 
 def draw_pareto(rows: Mapping[str, QualityRow], *, title: str, caption: str, baseline: str = "") -> Drawing:
-    """Loss over bits up, a dot a scheme with its 95 % interval, the front as a line; `baseline` is drawn as a level."""
+    """Gap to uncompressed DiLoCo on the same seeds over bits up, a dot a scheme with its 95 % interval, the front as a
+    line. `baseline` is drawn as a level. Rows without a gap are left out: losses on other seeds do not compare.
+    """
     drawing = new_drawing("quality_pareto", title, caption, height=5.5)
     axes = drawing.figure.subplots()
     tidy_axes(axes, grid="both")
-    shown = {name: row for name, row in rows.items() if math.isfinite(row.loss.mean) and name != baseline}
-    points = [(row.bits, row.loss.mean) for row in shown.values()]
+    gaps = {name: row.gap for name, row in rows.items() if row.gap is not None and math.isfinite(row.gap.mean)}
+    names = [name for name in gaps if name != baseline]
+    points = [(rows[name].bits, 100 * gaps[name].mean) for name in names]
     front = pareto_front(points)
     axes.plot([points[i][0] for i in front], [points[i][1] for i in front], color=SERIES[0], linewidth=1.2, alpha=0.6)
-    for i, (name, row) in enumerate(shown.items()):
+    for i, (name, (bits, gap)) in enumerate(zip(names, points, strict=True)):
         colour = SERIES[0] if i in front else FAINT
-        half = 0.0 if math.isnan(row.loss.half) else row.loss.half
-        axes.errorbar(row.bits, row.loss.mean, yerr=half, fmt="o", color=colour, markersize=5, capsize=2, linewidth=0.8)
-        place = {"xytext": (5, 4 if i % 2 else -9), "textcoords": "offset points", "fontsize": 8, "color": INK}
-        axes.annotate(name if row.loss.n > 1 else f"{name} (1 seed)", (row.bits, row.loss.mean), **place)
-    if baseline in rows:
-        axes.axhline(rows[baseline].loss.mean, color=FAINT, linestyle=":", linewidth=1)
+        half = 0.0 if math.isnan(gaps[name].half) else 100 * gaps[name].half
+        axes.errorbar(bits, gap, yerr=half, fmt="o", color=colour, markersize=5, capsize=2, linewidth=0.8)
+        place = {"xytext": (5, -11 if i % 2 else 5), "textcoords": "offset points", "fontsize": 7.5, "color": INK}
+        axes.annotate(name if gaps[name].n > 1 else f"{name} (1 seed)", (bits, gap), **place)
+    if baseline in gaps:
+        axes.axhline(100 * gaps[baseline].mean, color=FAINT, linestyle=":", linewidth=1)
         place = {"xytext": (2, 3), "textcoords": "offset points", "fontsize": 8, "color": FAINT}
-        axes.annotate(baseline, (min(bits for bits, _ in points), rows[baseline].loss.mean), **place)
+        axes.annotate(baseline, (min(bits for bits, _ in points), 100 * gaps[baseline].mean), **place)
     _bits_axis(axes)
+    axes.set_ylabel("validation loss against uncompressed DiLoCo (%)")
     return drawing
 
 
