@@ -74,6 +74,17 @@ def test_one_setting_has_one_outcome(spec):
     assert first.loss < UNTRAINED + 0.2
 
 
+def test_entropy_coders_change_no_bit_of_a_training():
+    """SparseLoCo in its plain form, 12 bits for an index and 2 for a value, and at its entropy."""
+    sparse = "ef(0.95)|tiles(64)|topk(64/4096)|stat(2,block=1024)"
+    plain, rice, coded = (thetas_of(tiny(f"{sparse}|{coder}")) for coder in ("pack", "rice", "ans"))
+    for one, two, three in zip(plain, rice, coded, strict=True):
+        assert torch.equal(one.view(torch.int32), two.view(torch.int32))
+        assert torch.equal(one.view(torch.int32), three.view(torch.int32))
+    bits = [train(tiny(f"{sparse}|{coder}")).bits for coder in ("pack", "rice", "ans")]
+    assert bits[0] > bits[1] > bits[2]
+
+
 def test_another_seed_is_another_run():
     assert train(tiny(seed=1)).loss != train(tiny()).loss
 
