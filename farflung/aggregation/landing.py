@@ -7,11 +7,14 @@ The update is read once instead of three times. The bytes are those of `OuterOpt
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from functools import partial
 
 from torch import Tensor
 
-from farflung.aggregation.outer import OuterOptimizer
+from farflung.aggregation.outer import OuterOptimizer, SparseStep
 from farflung.aggregation.rows import array_of
+from farflung.aggregation.rule import Entries
 from farflung.aggregation.windows import WINDOW, Visit, map_windows
 
 
@@ -34,6 +37,9 @@ class Landing:
         self._momentum = None if momentum_d is None else array_of(momentum_d, d)
         self._squares: dict[int, float] = {}
         self._alongs: dict[int, float] = {}
+        sparse = outer.plan_sparse(theta_d, theta_out_d) if outer.plan_sparse is not None else None
+        self.entries = None if sparse is None else partial(self._land_entries, sparse)
+        """A rule's `Context.entries`: None if this optimiser moves every coordinate anyway."""
 
     def __call__(self, start: int, stop: int) -> None:
         """A stretch of the update, a multiple of the window from a multiple of it or to the end, is as it shall be."""
@@ -46,6 +52,10 @@ class Landing:
                 self._alongs[first] = native.dot(self._momentum[at], update_w)
             self._squares[first] = native.dot(update_w, update_w)
             self._step(at)
+
+    def _land_entries(self, step: SparseStep, start: int, stop: int, pieces: Sequence[Entries]) -> None:
+        self._squares |= dict.fromkeys(range(start, stop, WINDOW), 0.0)
+        self._squares[start] = step(slice(start, stop), pieces)
 
     def end(self, threads: int) -> dict[str, float]:
         """Do what no rule has called for; returns the numbers for the round log."""

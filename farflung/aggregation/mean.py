@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from farflung.aggregation.rows import Row, array_of, arrays_of, find_wild
-from farflung.aggregation.rule import Aggregate, Context
+from farflung.aggregation.rule import Aggregate, Context, Entries
 from farflung.aggregation.verdicts import judge
 from farflung.aggregation.weights import checked_weights, sum_in_order
 from farflung.aggregation.windows import WINDOW, Visit, map_windows
@@ -75,10 +75,14 @@ def _combine(
             weighted = [(row, w) for row, w in zip(rows.window(start, stop), weights, strict=True) if w]
             sparse = [row for row, _ in weighted if isinstance(row, SparseRow)]
             if len(sparse) == len(weighted):
-                sum_w, out_w = sparse_w[: stop - start], out[start:stop]
+                sum_w = sparse_w[: stop - start]
                 _add_rows(sum_w, weighted)
+                if context.entries is not None:
+                    pieces, finite = _divide_entries(sum_w, sparse, total)
+                    context.entries(start, stop, pieces)
+                    return finite
+                out_w, finite = out[start:stop], True
                 out_w.fill(0)
-                finite = True
                 for row in sparse:
                     finite &= native.divide_sparse(out_w, sum_w, arrays_of(row, stop - start)[0], total)
             else:
@@ -94,6 +98,22 @@ def _combine(
 
     finite = map_windows(rows.d, make_visit, threads=context.threads, cancelled=context.cancelled, window=window)
     return all(finite)
+
+
+def _divide_entries(
+    sum_w: NDArray[np.float64], sparse: Sequence[SparseRow[Tensor]], total: float
+) -> tuple[list[Entries], bool]:
+    """The mean where the rows have entries, each index in the first row that has it; whether all sums were finite."""
+    from farflung.aggregation.kernels import native
+
+    pieces, finite = list[Entries](), True
+    for row in sparse:
+        index_k, _ = arrays_of(row, len(sum_w))
+        value_k, place_k = np.empty(len(index_k), np.float32), np.empty(len(index_k), np.int32)
+        count, fine = native.take_sparse(value_k, place_k, sum_w, index_k, total)
+        pieces.append((place_k[:count], value_k[:count]))
+        finite &= fine
+    return pieces, finite
 
 
 def _add_rows(sum_w: NDArray[np.float64], weighted: Sequence[tuple[Row, float]]) -> None:

@@ -12,7 +12,7 @@ every operation below is one fp64 operation with its own rounding, and `f32` is 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from farflung.aggregation.rows import array_of
+from farflung.aggregation.rule import Entries
 from farflung.aggregation.spec import parse_call, parse_decimal
-from farflung.aggregation.windows import Visit, map_windows
+from farflung.aggregation.windows import WINDOW, Visit, map_windows
 from farflung.protocol.errors import LocalError
 
 T = TypeVar("T")
@@ -67,6 +68,11 @@ class Plan(Protocol):
         ...
 
 
+SparseStep = Callable[[slice, Sequence[Entries]], float]
+"""(window, pieces of the update there) -> the sum of their squares; zero updates leave their coordinates as they are.
+The pieces' squares are added in their order: equal on every machine."""
+
+
 class OuterOptimizer(NamedTuple):
     """An outer optimiser is a value: what it is called, what it keeps, and a pure step."""
 
@@ -82,6 +88,9 @@ class OuterOptimizer(NamedTuple):
 
     step: Step
     plan: Plan
+
+    plan_sparse: Callable[[Tensor, Tensor], SparseStep] | None = None
+    """(theta_d, theta_out_d) -> the same step for updates that are mostly zero; None: every coordinate moves anyway."""
 
 
 def sgd(lr: float) -> OuterOptimizer:
@@ -102,7 +111,22 @@ def sgd(lr: float) -> OuterOptimizer:
         theta, update, theta_out = _arrays((theta_d, update_d), (theta_out_d,))
         return lambda at: native.sgd(theta_out[at], theta[at], update[at], lr)
 
-    return OuterOptimizer(f"sgd(lr={lr!r})", lr, 0.0, 0, _step_of(plan), plan)
+    def plan_sparse(theta_d: Tensor, theta_out_d: Tensor) -> SparseStep:
+        from farflung.aggregation.kernels import native
+
+        theta, theta_out = _arrays((theta_d,), (theta_out_d,))
+
+        def work(at: slice, pieces: Sequence[Entries]) -> float:
+            theta_w, out_w, square = theta[at], theta_out[at], 0.0
+            if out_w.ctypes.data != theta_w.ctypes.data:
+                out_w[:] = theta_w
+            for index_k, value_k in pieces:
+                square += native.sgd_sparse(out_w, theta_w, index_k, value_k, lr)
+            return square
+
+        return work
+
+    return OuterOptimizer(f"sgd(lr={lr!r})", lr, 0.0, 0, _step_of(plan), plan, plan_sparse)
 
 
 def nesterov(lr: float, momentum: float) -> OuterOptimizer:
@@ -185,6 +209,29 @@ def norm(vector_d: Tensor, *, threads: int = 1) -> float:
     for square_w in _each_window(lambda at: native.dot(vector[at], vector[at]), len(vector), threads):
         square += square_w
     return math.sqrt(square) if square >= 0 else math.nan
+
+
+class Norm:
+    """`norm` of a vector that is being written from its front: each window is measured while it is in the cache."""
+
+    def __init__(self, vector_d: Tensor) -> None:
+        self._vector = array_of(vector_d, len(vector_d))
+        self._done, self._square = 0, 0.0
+
+    def reached(self, stop: int) -> None:
+        """Everything before `stop` is as it shall be."""
+        from farflung.aggregation.kernels import native
+
+        d = len(self._vector)
+        while self._done < d and min(self._done + WINDOW, d) <= stop:
+            part_w = self._vector[self._done : self._done + WINDOW]
+            self._square += native.dot(part_w, part_w)
+            self._done += WINDOW
+
+    def end(self) -> float:
+        """The norm, the same bits as `norm`. What was not measured yet is read now."""
+        self.reached(len(self._vector))
+        return math.sqrt(self._square) if self._square >= 0 else math.nan
 
 
 def _each_window(work: Callable[[slice], T], d: int, threads: int) -> list[T]:

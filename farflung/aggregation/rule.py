@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from farflung.protocol.rows import Rows, Verdict
+
+Entries = tuple[NDArray[np.signedinteger[Any]], NDArray[np.float32]]
+"""Indices into a window, increasing, and the values there."""
 
 
 class Aggregate(NamedTuple):
@@ -28,6 +33,10 @@ class Context:
     `out_d` as soon as it is computed, by the thread that did: what follows finds it in the cache, and may write over
     it. It may be called again for a window that had to be computed again, and only the last time counts. Rules that do
     not call it leave that to their caller.
+
+    `entries(start, stop, pieces)`, when given, may be called instead for a window of which only some coordinates
+    changed: pieces of (index_k counted from `start`, value_k), every index at most once, zero elsewhere. `out_d` is
+    then not written there, and `finish` not called.
     """
 
     round_index: int = 0
@@ -35,6 +44,7 @@ class Context:
     threads: int = 1
     cancelled: Callable[[], bool] = field(default=lambda: False)
     finish: Callable[[int, int], None] | None = None
+    entries: Callable[[int, int, Sequence[Entries]], None] | None = None
 
 
 class Rule(Protocol):

@@ -39,7 +39,8 @@ def expands(codec: Codec) -> str:
     """Why error feedback around this codec grows without bound, or "".
 
     Its error must be shorter than what it encodes (arXiv:1901.09847, Assumption A); unbiased schemes buy their
-    unbiasedness with longer ones. (Measured: ef(1)|qsgd has |e| = 1570 updates after 60 rounds.)
+    unbiasedness with longer ones. (Measured: with ef(1)|qsgd on normal
+    numbers |e| is 631 updates after 60 rounds.)
     """
     if "form=unbiased" in codec.spec:
         return "unbiased random-k errs by more than the update: use form=biased"

@@ -202,7 +202,13 @@ class Anchor:
         )
         # A shared state is advanced by the whole update, which the outer step writes over.
         finish = None if self._shapes else landing
-        context = Context(manifest.round_index, out_d=self._next_theta_d, threads=self.threads, finish=finish)
+        context = Context(
+            manifest.round_index,
+            out_d=self._next_theta_d,
+            threads=self.threads,
+            finish=finish,
+            entries=None if finish is None else landing.entries,
+        )
         try:
             weight_n = self.weights.weigh([Claim(item.steps, item.tokens) for item in items])
             aggregate = self.rule.rule(rows, weight_n, f=self.rule.f, context=context)

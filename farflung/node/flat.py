@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from farflung.aggregation.outer import Norm
 from farflung.protocol.errors import ConfigError, LocalError
 from farflung.protocol.schema import Schema, TensorSpec
 
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 
 WINDOW = 1 << 22
 """Elements copied at a time where a scratch buffer is needed: 16 MB of fp32, small beside any model that needs it."""
+
+CACHED = 1 << 16
+"""Elements per step where a vector in memory is used twice: the second time it is in the cache."""
 
 WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 """What torch's wrappers insert into parameter names."""
@@ -107,6 +111,15 @@ def difference_into(out_d: Float[Tensor, " d"], start_d: Float[Tensor, " d"], mo
             torch.sub(before, difference, out=difference)
 
 
+def difference_and_norm(start_d: Float[Tensor, " d"], model: nn.Module) -> float:
+    """Δ = start − φ in the place of start, as `difference_into`; returns its norm (`outer.norm`, bit for bit)."""
+    norm = Norm(start_d)
+    for flat, start, stop in _windows(_parts(model, start_d), CACHED):
+        start_d[start:stop].view(flat.shape).sub_(flat if _is_plain(flat) else _as_fp32(flat))
+        norm.reached(stop)
+    return norm.end()
+
+
 def shift_parameters(
     model: nn.Module, new_d: Float[Tensor, " d"], old_d: Float[Tensor, " d"], ahead_d: Float[Tensor, " d"] | None = None
 ) -> None:
@@ -138,6 +151,19 @@ def adopt(
         raise LocalError("a model that is not pure fp32 needs a start vector to record what it holds after adoption")
     read_parameters(model, start_d)
     return start_d
+
+
+def adopt_copy(model: nn.Module, theta_d: Float[Tensor, " d"], start_d: Float[Tensor, " d"]) -> None:
+    """φ ← θ, start ← φ_start, what the model really holds now; θ is read once if the model is fp32 on the CPU."""
+    parts = _parts(model, theta_d)
+    if not all(_is_plain(part.tensor) for part in parts):
+        start_d.copy_(theta_d)
+        adopt(model, start_d, start_d)
+        return
+    for flat, start, stop in _windows(parts, CACHED):
+        theta_w = theta_d[start:stop].view(flat.shape)
+        flat.copy_(theta_w)
+        start_d[start:stop].view(flat.shape).copy_(theta_w)
 
 
 def holds_fp32(model: nn.Module) -> bool:
@@ -233,15 +259,16 @@ def _parts(model: nn.Module, vector_d: Tensor) -> list[Trainable]:
     return parts
 
 
-def _windows(parts: list[Trainable]) -> Iterator[tuple[Tensor, int, int]]:
-    """Views of the parameters at most WINDOW elements long, with their range; non-contiguous tensors come whole."""
+def _windows(parts: list[Trainable], plain: int = WINDOW) -> Iterator[tuple[Tensor, int, int]]:
+    """Views of the parameters, with their range: at most `plain` elements of what is fp32 on the CPU, at most WINDOW of
+    the rest; non-contiguous tensors come whole."""
     for _, tensor, start, stop in parts:
         if not tensor.is_contiguous():
             yield tensor, start, stop
             continue
-        flat = tensor.view(-1)
-        for low in range(start, stop, WINDOW):
-            high = min(low + WINDOW, stop)
+        flat, window = tensor.view(-1), plain if _is_plain(tensor) else WINDOW
+        for low in range(start, stop, window):
+            high = min(low + window, stop)
             yield flat[low - start : high - start], low, high
 
 

@@ -18,6 +18,8 @@ from farflung.protocol.errors import ConfigError, LocalError
 
 _HEAD = 8
 _JOURNAL = b"farflung journal\0"
+_OLD_BYTES_MAX = 1 << 20
+"""A journal longer than this is replaced at the next round: reading it at a start takes some milliseconds."""
 
 
 def _head(data: bytes) -> bytes:
@@ -85,17 +87,23 @@ class FrameLog:
         start, length = self._spans[index]
         return read_at(self._handle, length, start)
 
-    def append(self, data: bytes) -> None:
-        """Add an entry; it is on the disk when this returns. Raises LocalError above limits.CONTROL_BYTES_MAX.
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the file."""
+        return self._end
 
-        When it fails, on a full disk say, the log is as it was.
+    def append(self, data: bytes, *, wait: bool = True) -> None:
+        """Add an entry; it is on the disk when this returns, or with `wait=False` when the next one is.
+
+        Raises LocalError above limits.CONTROL_BYTES_MAX. When it fails, on a full disk say, the log is as it was.
         """
         if len(data) > limits.CONTROL_BYTES_MAX:
             raise LocalError(f"a log entry of {len(data)} bytes")
         with room(self.path):
             try:
                 write_all_at(self._handle, frame(data), self._end)
-                sync_file(self._handle)
+                if wait:
+                    sync_file(self._handle)
             except OSError:
                 os.ftruncate(self._handle, self._end)
                 raise
@@ -143,6 +151,8 @@ class CertificateLog:
 class Journal:
     """What this member said in the current round: promises, votes, its own announcement.
 
+    A round begins with a heading of its own behind the entries of the rounds before, which cost nothing but their
+    bytes: from time to time the file is replaced by one without them.
     `announced` is the latest earlier round in which it announced a payload (0: none), as its first entry says: what is
     left of an older update is worth nothing any more.
     `round_index` is None before the first `reset`. A journal of a round that already has its certificate is one that
@@ -152,11 +162,14 @@ class Journal:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._log = FrameLog(path)
+        self._heading = 0
         self._check()
 
     def _check(self) -> None:
         if len(self._log) and not self._log[0].startswith(_JOURNAL):
             raise ConfigError(f"not a journal; move it away and start again: {self._path}")
+        headings = (index for index in reversed(range(len(self._log))) if self._log[index].startswith(_JOURNAL))
+        self._heading = next(headings, 0)
 
     @property
     def cut_bytes(self) -> int:
@@ -175,13 +188,18 @@ class Journal:
 
     def _number(self, position: int) -> int:
         start = len(_JOURNAL) + 8 * position
-        return int.from_bytes(self._log[0][start : start + 8], "big")
+        return int.from_bytes(self._log[self._heading][start : start + 8], "big")
 
     def reset(self, round_index: int, announced: int = 0) -> None:
-        """Begin a round: the old entries and the new, empty journal change places in one rename."""
-        replace_file(self._path, frame(_JOURNAL + round_index.to_bytes(8, "big") + announced.to_bytes(8, "big")))
-        self._log.close()
-        self._log = FrameLog(self._path)
+        """Begin a round. A crash before its first entry may forget that it began, and leave the round before."""
+        heading = _JOURNAL + round_index.to_bytes(8, "big") + announced.to_bytes(8, "big")
+        if self._log.size_bytes < _OLD_BYTES_MAX:
+            self._log.append(heading, wait=False)
+        else:
+            replace_file(self._path, frame(heading))
+            self._log.close()
+            self._log = FrameLog(self._path)
+        self._heading = len(self._log) - 1
 
     def record(self, kind: str, data: bytes) -> None:
         """Add an entry; it is on the disk when this returns. Raises LocalError before the first `reset`."""
@@ -192,7 +210,7 @@ class Journal:
 
     def read(self) -> list[tuple[str, bytes]]:
         """The current round's entries, in order."""
-        entries = (self._log[index] for index in range(1, len(self._log)))
+        entries = (self._log[index] for index in range(self._heading + 1, len(self._log)))
         return [(entry[1 : 1 + entry[0]].decode("ascii"), entry[1 + entry[0] :]) for entry in entries]
 
     def close(self) -> None:

@@ -18,7 +18,7 @@ from torch import nn
 
 from farflung.node.anchor import Anchor
 from farflung.node.data import RoundView
-from farflung.node.flat import adopt, difference_into, shift_parameters, write_parameters
+from farflung.node.flat import adopt, adopt_copy, difference_and_norm, shift_parameters, write_parameters
 from farflung.node.mailbox import Adopt, Hurry, LocalResult, Notice, Stop
 from farflung.protocol.genesis import Genesis
 
@@ -80,11 +80,11 @@ class Learner:
 
     def result(self) -> LocalResult:
         """End the local phase. The Δ in it is lent until the next adoption."""
-        difference_into(self._start_d, self._start_d, self._model)
+        norm = difference_and_norm(self._start_d, self._model)
         loss = float(self._losses) if self._losses is not None else math.nan
         took_s = self._now_s() - self._began_s
         self._sent = True
-        return LocalResult(self.round_index, self._start_d, self._steps, self._tokens, loss, took_s)
+        return LocalResult(self.round_index, self._start_d, norm, self._steps, self._tokens, loss, took_s)
 
     def obey(self, notice: Notice) -> None:
         """Do what the node says. Raises the error that ended it, if one did."""
@@ -112,12 +112,15 @@ class Learner:
                 write_parameters(self._model, self._start_d)
             elif not plainly:
                 shift_parameters(self._model, theta_d, self._start_d, ahead_d)
-            if ahead_d is None:
+            if plainly and ahead_d is None:
+                adopt_copy(self._model, theta_d, self._start_d)
+            elif ahead_d is None:
                 self._start_d.copy_(theta_d)
             else:
                 torch.sub(theta_d, ahead_d, out=self._start_d)
         if plainly:
-            adopt(self._model, self._start_d, self._start_d)
+            if ahead_d is not None:
+                adopt(self._model, self._start_d, self._start_d)
             self._steps = self._tokens = 0
         self._view, self._sent, self._due = view, False, self._genesis.inner_steps
         self._began_s = self._now_s()

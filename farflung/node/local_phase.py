@@ -10,8 +10,8 @@ import math
 import threading
 from collections.abc import Callable, Mapping
 
-from farflung.aggregation.outer import norm
 from farflung.compression.codec import Link
+from farflung.compression.guards import remembers
 from farflung.node.anchor import Anchor
 from farflung.node.audit import Audit
 from farflung.node.blobs import BlobSource
@@ -144,7 +144,7 @@ class LocalPhase:
         return ref, self._store.put(payload, ref, digests)
 
     def _refuse(self, result: LocalResult) -> str | None:
-        length = norm(result.delta_d, threads=self._anchor.threads)
+        length = result.norm
         if limits.PAYLOAD_ABS_MAX < length < math.inf:  # only then can an entry be beyond what peers accept
             largest = max(abs(float(end)) for end in result.delta_d.aminmax())
             if largest > limits.PAYLOAD_ABS_MAX:
@@ -184,8 +184,8 @@ class LocalPhase:
     def _settle(self, verdict: Verdict) -> None:
         self._unsettled = 0
         self.private = self._anchor.codec.observe(self.private, verdict)
-        remembers = bool(self._anchor.codec.private_tensors(self.private))
-        self._keep = verdict.reason is Reason.LATE and not remembers and not self._wild
+        carries_on = remembers(self._anchor.codec)
+        self._keep = verdict.reason is Reason.LATE and not carries_on and not self._wild
 
     # -- towards training ---------------------------------------------------------------------------------------------
 

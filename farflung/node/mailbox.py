@@ -17,6 +17,8 @@ class LocalResult:
 
     round_index: int
     delta_d: Tensor
+    norm: float
+    """The Euclidean norm of `delta_d` (`aggregation.outer.norm`); NaN or infinite if that is not finite."""
     steps: int
     tokens: int
     loss: float

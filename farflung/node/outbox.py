@@ -14,9 +14,17 @@ from farflung.node.runtime import Transport
 from farflung.protocol.errors import PeerError
 from farflung.protocol.identity import PeerId
 from farflung.protocol.record import PeerRecord
+from farflung.protocol.wire import Status
 
 WAITING_MAX = 32
 """Messages waiting for one peer. A newer one of the same kind replaces the older; beyond this the oldest goes."""
+
+SIGN_OF_LIFE = Status.__name__
+"""This kind says only what every message says: who is there, and in which round."""
+
+COMPANY_S = 0.25
+"""A sign of life waits this long for another message to the same peer, which makes it superfluous. A round begins with
+one; where rounds are short the announcement follows at once."""
 
 log = logging.getLogger(__name__)
 
@@ -30,12 +38,18 @@ class Outbox:
         self._transport, self._record_of, self._deadline_s = transport, record_of, deadline_s
         self._waiting: dict[PeerId, OrderedDict[str, bytes]] = {}
         self._tasks: dict[PeerId, asyncio.Task[None]] = {}
+        self._alone: dict[PeerId, asyncio.Event] = {}
+        """Set when a waiting sign of life gets company."""
         self.unreachable: dict[PeerId, str] = {}
         """Peers whose last message could not be delivered, and why."""
 
     def put(self, peer: PeerId, kind: str, envelope: bytes) -> None:
         """Send soon. `kind` names what a newer message replaces."""
         queue = self._waiting.setdefault(peer, OrderedDict())
+        if kind != SIGN_OF_LIFE:
+            queue.pop(SIGN_OF_LIFE, None)
+            if peer in self._alone:
+                self._alone[peer].set()
         queue[kind] = envelope
         if len(queue) > WAITING_MAX:
             queue.popitem(last=False)
@@ -58,6 +72,8 @@ class Outbox:
         queue = self._waiting[peer]
         try:
             while queue:
+                if [*queue] == [SIGN_OF_LIFE]:
+                    await self._company(peer)
                 record = self._record_of(peer)
                 if record is None:
                     self.unreachable[peer] = "its address is not known yet"
@@ -75,3 +91,13 @@ class Outbox:
                     queue.clear()
         finally:
             del self._tasks[peer]
+
+    async def _company(self, peer: PeerId) -> None:
+        self._alone[peer] = more = asyncio.Event()
+        try:
+            async with asyncio.timeout(COMPANY_S):
+                await more.wait()
+        except TimeoutError:
+            pass
+        finally:
+            del self._alone[peer]

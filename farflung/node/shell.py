@@ -370,8 +370,8 @@ class Node:
 
     async def _apply(self, certificate: Certificate) -> None:
         manifest = certificate.manifest
-        await self._in_thread(self.store.append_certificate, manifest.round_index, certificate.canonical_bytes)
-        await self._in_thread(self.store.begin_round, manifest.round_index + 1, self.local.announced)
+        data, announced = certificate.canonical_bytes, self.local.announced
+        await self._in_thread(self.store.end_round, manifest.round_index, data, announced)
         trial = self.anchor.commit(manifest.digest)
         counted = self.local.judge(manifest, trial.verdicts)
         self.parts.audit.certified(certificate, trial, counted=counted)

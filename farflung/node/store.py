@@ -204,6 +204,11 @@ class RunStore:
             raise LocalError(f"a journal of round {round_index} after certificate {self.certificates.next_round - 1}")
         self.journal.reset(round_index, announced)
 
+    def end_round(self, round_index: int, certificate: bytes, announced: int) -> None:
+        """Keep a round's certificate, then begin the next one's journal."""
+        self.append_certificate(round_index, certificate)
+        self.begin_round(round_index + 1, announced)
+
     def partial(self, ref: BlobRef, digests: Sequence[bytes]) -> PartialFile:
         """Begin to receive a blob, or resume."""
         return self.blobs.partial(ref, digests)

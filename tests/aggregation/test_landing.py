@@ -67,8 +67,43 @@ def test_sparse_rows_have_the_mean_of_the_same_rows_written_out(d, random_rows):
     assert (out_d == 0).any()
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("in_place", [True, False])
+@pytest.mark.parametrize("d", [777, D, 2 * SPARSE_WINDOW + WINDOW + 5])
+def test_landing_entries_is_landing_the_same_update_written_out(d, in_place, threads, random_rows):
+    row_nd = random_rows(3, 4, d, zeros=0.97)
+    row_nd[1, row_nd[0] != 0] = row_nd[0][row_nd[0] != 0]  # two rows with the same entries
+    sparse = MemoryRows(tuple(sparse_row(row_d) for row_d in row_nd))
+    outer, theta_d = parse_outer("sgd(lr=0.7)"), random_rows(2, 1, d)[0]
+    update_d, wanted_d = combine("mean", dense_rows(row_nd)).update_d, torch.empty(d)
+    outer.step(theta_d, None, update_d, theta_out_d=wanted_d, momentum_out_d=None)
+    theta_out_d = theta_d if in_place else torch.full((d,), float("nan"))
+    landing = Landing(outer, theta_d, None, torch.empty(d), theta_out_d=theta_out_d, momentum_out_d=None)
+    combine("mean", sparse, out_d=torch.empty(d), threads=threads, finish=landing, entries=landing.entries)
+    assert bits(theta_out_d) == bits(wanted_d)
+    assert landing.end(threads)["update_norm"] == pytest.approx(norm(update_d), rel=1e-12)
+
+
+def test_windows_landed_again_as_entries_count_once(random_rows):
+    theta_d, out_d = random_rows(2, 1, D)[0], torch.empty(D)
+    outer, update_d = parse_outer("sgd(lr=1.0)"), random_rows(4, 1, D, zeros=0.9)[0]
+    out_d.copy_(update_d)
+    landing = landing_of(outer, theta_d, None, out_d, None)
+    landing(0, D)
+    index = update_d.nonzero().flatten().numpy()
+    landing.entries(0, D, [(index, update_d.numpy()[index])])
+    assert landing.end(1)["update_norm"] == pytest.approx(norm(update_d), rel=1e-12)
+
+
+def test_an_optimiser_with_momentum_takes_no_entries():
+    vectors = torch.zeros(4, 5)
+    landing = landing_of(parse_outer("nesterov(lr=0.7,momentum=0.9)"), *vectors)
+    assert landing.entries is None
+
+
 @pytest.mark.parametrize("place", [0, SPARSE_WINDOW + 1])
-def test_a_wild_sparse_row_is_left_out_and_its_windows_are_landed_again(place, random_rows):
+@pytest.mark.parametrize("entries", [True, False])
+def test_a_wild_sparse_row_is_left_out_and_its_windows_are_landed_again(place, entries, random_rows):
     d = SPARSE_WINDOW + WINDOW
     row_nd = random_rows(4, 3, d, zeros=0.97)
     row_nd[1, place] = float("inf")
@@ -76,7 +111,8 @@ def test_a_wild_sparse_row_is_left_out_and_its_windows_are_landed_again(place, r
     kept_nd[1] = 0
     outer, theta_d, out_d = parse_outer("sgd(lr=1.0)"), random_rows(5, 1, d)[0], torch.empty(d)
     landing = landing_of(outer, theta_d, None, out_d, None)
-    found = combine("mean", MemoryRows(tuple(map(sparse_row, row_nd))), out_d=out_d, finish=landing)
+    rows = MemoryRows(tuple(map(sparse_row, row_nd)))
+    found = combine("mean", rows, out_d=out_d, finish=landing, entries=landing.entries if entries else None)
     update_d = combine("mean", dense_rows(kept_nd)).update_d
     wanted_d = torch.empty(d)
     outer.step(theta_d, None, update_d, theta_out_d=wanted_d, momentum_out_d=None)

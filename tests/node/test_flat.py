@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from farflung.aggregation.outer import norm
 from farflung.node import flat
 from farflung.protocol.errors import ConfigError, LocalError
 
@@ -93,6 +94,26 @@ def test_delta_is_what_training_moved_without_the_rounding_of_adoption(dtype):
     in_place_d = held_d.clone()
     flat.difference_into(in_place_d, in_place_d, model)
     assert torch.equal(in_place_d, delta_d)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [3, 70_000])
+def test_the_passes_that_do_two_things_at_once_do_both(dtype, width):
+    model = Tied(0, dtype)
+    model.a_wide = nn.Parameter(torch.zeros(3, width, dtype=dtype))
+    model.b_across = nn.Parameter(torch.zeros(width, 2, dtype=dtype).t())
+    theta_d = torch.randn(flat.schema_of(model).numel, generator=torch.Generator().manual_seed(3))
+    start_d, held_d = torch.full_like(theta_d, torch.nan), torch.full_like(theta_d, torch.nan)
+    flat.adopt_copy(model, theta_d, start_d)
+    assert torch.equal(flat_of(model), theta_d.to(dtype).float())
+    assert torch.equal(start_d, flat.adopt(model, theta_d, held_d))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    wanted_d = start_d - flat_of(model)
+    found = flat.difference_and_norm(start_d, model)
+    assert torch.equal(start_d, wanted_d)
+    assert found == norm(wanted_d)
 
 
 def test_low_precision_adoption_needs_a_start_vector():

@@ -209,6 +209,42 @@ def test_a_journal_cut_anywhere_opens(tmp_path):
         journal.close()
 
 
+def test_a_journal_forgets_at_most_that_a_round_began(tmp_path):
+    path = tmp_path / "journal"
+    journal = Journal(path)
+    journal.reset(7)
+    journal.record("own", b"x")
+    before = path.stat().st_size
+    journal.reset(8, 7)
+    after = path.stat().st_size
+    journal.record("vote", b"y")
+    journal.close()
+    data = path.read_bytes()
+    for size in range(before, len(data) + 1):
+        path.write_bytes(data[:size])
+        journal = Journal(path)
+        found = (journal.round_index, journal.announced, journal.read())
+        journal.close()
+        if size < after:
+            assert found == (7, 0, [("own", b"x")])
+        else:
+            assert found == (8, 7, [("vote", b"y")] if size == len(data) else [])
+
+
+def test_a_journal_does_not_grow_for_ever(tmp_path):
+    journal = Journal(tmp_path / "journal")
+    sizes = []
+    for index in range(1, 60):
+        journal.reset(index, index - 1)
+        journal.record("proposal", bytes(1 << 15))
+        sizes.append((tmp_path / "journal").stat().st_size)
+        assert (journal.round_index, journal.announced) == (index, index - 1)
+        assert journal.read() == [("proposal", bytes(1 << 15))]
+    journal.close()
+    assert max(sizes) < 2 << 20
+    assert sorted(sizes) != sizes
+
+
 def test_the_round_log_has_whole_lines_after_any_cut(tmp_path):
     path = tmp_path / "rounds.jsonl"
     log = RoundLog(path)

@@ -17,6 +17,7 @@ import torch
 from small_world import Player, SmallWorld, eventually
 from torch import nn
 
+from farflung.aggregation.outer import norm
 from farflung.compression.codec import Link
 from farflung.node.assembly import make_anchor
 from farflung.node.audit import Audit
@@ -220,7 +221,7 @@ LINK = Link(0.0, 0.0, 0.1, 1)
 
 
 def result_of(delta_d: torch.Tensor, round_index: int = 1) -> LocalResult:
-    return LocalResult(round_index, delta_d, 3, 30, 1.0, 0.1)
+    return LocalResult(round_index, delta_d, norm(delta_d), 3, 30, 1.0, 0.1)
 
 
 def kept_by_training(phase: LocalPhase, machine: RoundMachine, mailbox: Mailbox) -> bool:

@@ -95,6 +95,20 @@ def divide_sparse(out_w: F32, sum_w: F64, index_k: Integers, total: float) -> bo
 
 
 @compiled
+def take_sparse(out_k: F32, place_k: Integers, sum_w: F64, index_k: Integers, total: float) -> tuple[int, bool]:
+    wild = count = 0
+    for k in range(len(index_k)):
+        index = index_k[k]
+        value = sum_w[index]
+        if value != 0:
+            wild += 0 if abs(value) <= FLOAT64_MAX else 1
+            out_k[count], place_k[count] = np.float32(value / total), index
+            sum_w[index] = 0
+            count += 1
+    return count, wild == 0
+
+
+@compiled
 def all_finite(value_w: F32) -> bool:
     wild = 0
     for j in range(len(value_w)):
@@ -173,6 +187,16 @@ def sgd(theta_out_w: F32, theta_w: F32, update_w: F32, lr: float) -> None:
             new_t[t] = np.float32(np.float64(theta_t[t]) - lr * np.float64(update_t[t]))
         for t in range(len(out_t)):
             out_t[t] = new_t[t]
+
+
+@compiled
+def sgd_sparse(theta_out_w: F32, theta_w: F32, index_k: Integers, update_k: F32, lr: float) -> float:
+    square = 0.0
+    for k in range(len(index_k)):
+        index, update = index_k[k], np.float64(update_k[k])
+        theta_out_w[index] = np.float32(np.float64(theta_w[index]) - lr * update)
+        square += update * update
+    return square
 
 
 @compiled

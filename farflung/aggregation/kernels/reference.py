@@ -47,6 +47,17 @@ def divide_sparse(out_w: Tensor, sum_w: Tensor, index_k: Tensor, total: float) -
     return bool(sum_k.isfinite().all())
 
 
+def take_sparse(out_k: Tensor, place_k: Tensor, sum_w: Tensor, index_k: Tensor, total: float) -> tuple[int, bool]:
+    """`divide_sparse` into entries: returns how many there are, in index order, and whether all sums were finite."""
+    touched_k = index_k.long()
+    sum_k = sum_w[touched_k]
+    kept_k = touched_k[sum_k != 0]
+    count = len(kept_k)
+    out_k[:count], place_k[:count] = (sum_w[kept_k] / total).float(), kept_k.to(place_k.dtype)
+    sum_w[touched_k] = 0
+    return count, bool(sum_k.isfinite().all())
+
+
 def all_finite(value_w: Tensor) -> bool:
     """Whether no value is infinite or NaN."""
     return bool(value_w.isfinite().all())
@@ -83,6 +94,16 @@ def median(out_w: Tensor, hit_n: Tensor, block_nw: Tensor, comparator_c2: Tensor
 def sgd(theta_out_w: Tensor, theta_w: Tensor, update_w: Tensor, lr: float) -> None:
     """θ' = θ − η g in fp64, rounded once to fp32."""
     theta_out_w.copy_(theta_w.double() - lr * update_w.double())
+
+
+def sgd_sparse(theta_out_w: Tensor, theta_w: Tensor, index_k: Tensor, update_k: Tensor, lr: float) -> float:
+    """`sgd` at these indices only; returns Σ update², added in the order of the indices."""
+    update = update_k.double()
+    theta_out_w[index_k.long()] = (theta_w[index_k.long()].double() - lr * update).float()
+    square = 0.0
+    for one in update.tolist():
+        square += one * one
+    return square
 
 
 def nesterov(
