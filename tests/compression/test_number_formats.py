@@ -395,7 +395,8 @@ def test_the_round_changes_the_dice_and_nothing_else_does(vector):
 def test_scales_of_qsgd_are_the_largest_that_decode_within_bounds():
     for levels in range(1, 128):
         step, top = stochastic.largest_step(levels), np.float32(PAYLOAD_ABS_MAX)
-        assert np.float32(levels) * step <= top < np.float32(levels) * np.nextafter(step, np.float32(2e6))
+        following = np.uint32(step.view(np.uint32) + np.uint32(0x100)).view(np.float32)
+        assert np.float32(levels) * step <= top < np.float32(levels) * following
 
 
 def test_four_bit_floats_refuse_every_second_spelling(schema_of):
@@ -486,3 +487,15 @@ def test_arguments_out_of_range_are_refused(spec):
 
 def test_fp16_is_half_of_the_limit_that_it_names():
     assert np.float32(np.finfo(np.float16).max) == half.FP16_ABS_MAX
+
+
+@pytest.mark.parametrize("levels", [1, 7, 127])
+def test_no_two_steps_of_qsgd_decode_alike(levels, schema_of):
+    """Of one coordinate all that is seen is levels x step: neighbouring fp32 steps would round to one number."""
+    codec, schema = parse_codec(f"qsgd(levels={levels})"), schema_of(1)
+    payload, _ = codec.encode(torch.tensor([0.66]), None, None, 0)
+    for bit in range(8):
+        changed = bytearray(payload)
+        changed[0] ^= 1 << bit
+        with pytest.raises(PeerError, match="16 significant bits"):
+            codec.check(bytes(changed), schema, None, 0)

@@ -74,8 +74,8 @@ def test_qsgd_rounds_to_a_neighbouring_level_with_the_right_probability(d, kind,
             assert not sent_d[part].any()
             continue
         low, high, chance = qsgd.neighbours(x_d[part], levels)
-        near_low = np.isclose(sent_d[part], low, rtol=1e-5, atol=1e-6 * norm)
-        near_high = np.isclose(sent_d[part], high, rtol=1e-5, atol=1e-6 * norm)
+        near_low = np.isclose(sent_d[part], low, rtol=2.0**-15, atol=1e-6 * norm)
+        near_high = np.isclose(sent_d[part], high, rtol=2.0**-15, atol=1e-6 * norm)
         assert (near_low | near_high).all()
         open_to_both = (chance > 1e-4) & (chance < 1 - 1e-4)
         surprise += float((near_high[open_to_both] - chance[open_to_both]).sum())

@@ -38,6 +38,9 @@ QSGD_BLOCK = 512
 """Variance grows with sqrt(block) / levels (arXiv:1610.02132, Lemma 3.1); 512 is the paper's bucket."""
 
 QSGD_LEVELS = 7
+
+_FINE = np.uint32(0xFF)
+"""The bits of an fp32 beyond 16 significant ones."""
 LEVELS_MAX = 127
 
 
@@ -74,8 +77,9 @@ def ternary(block: int) -> Scheme:
 def qsgd(levels: int, block: int) -> Scheme:
     """Magnitudes as multiples of ||block||_2 / levels, rounded up or down at random (arXiv:1610.02132, §3.1).
 
-    Record: the step ||block||_2 / levels (fp32, rounded up), then codes of the fewest bits of 2, 4, 8 that hold a sign
-    and `levels`: the upper bit is the sign. bits + 32 / block bits per parameter. Unbiased; variance of a block at most
+    Record: the step ||block||_2 / levels (fp32, rounded up to 16 significant bits, so that its multiples are exact and
+    no two steps decode alike), then codes of the fewest bits of 2, 4, 8 that hold a sign and `levels`: the upper bit is
+    the sign. bits + 32 / block bits per parameter. Unbiased; variance of a block at most
     min(n / levels^2, sqrt(n) / levels) ||x||^2. Canonical: the step is 0 or a normal number; 0 if and only if all codes
     are; zero has no sign; the norm that the codes say can be the one that the step says. A block whose norm is beyond
     PAYLOAD_ABS_MAX takes that for it: larger entries saturate. Blocks of a step below 2**-126 become zero.
@@ -101,6 +105,7 @@ def qsgd(levels: int, block: int) -> Scheme:
     def check(records_br: Octets, n: int) -> None:
         used_b, sum_b, square_b = _check_codes(records_br, levels, bits, n)
         step_b = get_scale(records_br)
+        refuse_if((step_b.view(np.uint32) & _FINE) > 0, "a step has more than 16 significant bits")
         refuse_if((used_b == 0) != (step_b == 0), "a step and its use disagree")
         refuse_if((step_b > 0) & (square_b + 2 * sum_b + n < levels**2), "the codes are too small for their norm")
         too_large_b = square_b - 2 * sum_b + used_b > levels**2
@@ -118,20 +123,21 @@ def qsgd(levels: int, block: int) -> Scheme:
 
 
 def largest_step(levels: int) -> np.float32:
-    """The largest fp32 step whose `levels`-fold, rounded to fp32, is at most PAYLOAD_ABS_MAX."""
+    """The largest step of 16 significant bits whose `levels`-fold is at most PAYLOAD_ABS_MAX."""
     step = np.float32(ABS_MAX / np.float32(levels))
     while np.float32(levels) * step > ABS_MAX:
         step = np.nextafter(step, np.float32(0))
     while np.float32(levels) * np.nextafter(step, ABS_MAX) <= ABS_MAX and step < ABS_MAX:
         step = np.nextafter(step, ABS_MAX)
-    return step
+    return np.uint32(step.view(np.uint32) & ~_FINE).view(np.float32)
 
 
 def _rounded_up(step_b: Doubles) -> Floats:
-    """The next fp32, so that no entry lies above the top level."""
+    """The next fp32 of 16 significant bits, so that no entry lies above the top level."""
     near_b = step_b.astype(np.float32)
     up_b: Floats = np.where(near_b < step_b, np.nextafter(near_b, np.float32(np.inf)), near_b)
-    return up_b
+    short_b: Floats = ((up_b.view(np.uint32) + _FINE) & ~_FINE).view(np.float32)
+    return short_b
 
 
 def _check_codes(records_br: Octets, levels: int, bits: int, n: int) -> tuple[Any, Any, Any]:
