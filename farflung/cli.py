@@ -61,6 +61,8 @@ def new(
     example
         Print a run file to start from, and do nothing else.
     """
+    from farflung.aggregation.outer import parse_outer
+    from farflung.compression.presets import PRESETS
     from farflung.node.founding import found_run
     from farflung.node.run_file import EXAMPLE, RunFile, read_run_file
     from farflung.node.store import open_home
@@ -77,6 +79,9 @@ def new(
     genesis = founded.genesis
     size = f"{genesis.schema.numel:,} parameters"
     print(f"run {genesis.run_id.hex()[:8]}: {genesis.name}, {size}, kept in {founded.directory}")
+    preset = PRESETS.get(run.codec.strip().lower())
+    if preset is not None and parse_outer(preset.outer).spec != genesis.outer:
+        print(f'note: {run.codec} goes with outer = "{preset.outer}"; this run has "{genesis.outer}"')
     print(f"\nStart training on this machine:\n\n  farflung join{here}{task}")
     print("\nOn every other machine (the invite holds the join secret; keep it among members):")
     print(f"\n  farflung join{task} {founded.invite}")

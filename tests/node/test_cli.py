@@ -142,6 +142,14 @@ def test_the_example_run_file_is_one(tmp_path, capsys):
     assert cli.main(["new", str(tmp_path / "example.toml"), "--home", str(tmp_path / "home"), *LOCAL]) == 0
 
 
+@pytest.mark.parametrize(("outer", "noted"), [("sgd(lr=2.8)", False), ("nesterov(lr=0.7,momentum=0.6)", True)])
+def test_new_says_which_outer_step_a_preset_goes_with(outer, noted, tmp_path, capsys):
+    path = tmp_path / "run.toml"
+    path.write_text(f'codec = "farflung"\nouter = "{outer}"\n')
+    assert cli.main(["new", str(path), "--home", str(tmp_path / "home"), *LOCAL]) == 0
+    assert ('note: farflung goes with outer = "sgd(lr=2.8)"' in capsys.readouterr().out) == noted
+
+
 def test_invite_prints_what_new_printed_and_looks_the_address_up_again(founded: Invite, tmp_path, capsys):
     home = str(tmp_path / "home")
     assert cli.main(["invite", "--home", home]) == 0
