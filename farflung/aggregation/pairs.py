@@ -187,10 +187,22 @@ def honest(tick: int, who: int, whom: int) -> tuple[Offer, Tensor] | None:
     return None
 
 
-def mix_pairs(rounds: Sequence[PairRound], plan: Sequence[Mixing], *, lie: Lie = honest) -> None:
+Arrives = Callable[[int, int, int], bool]
+"""(tick, sender, receiver) -> does the sender's vector arrive? Who hears nothing stays where it is."""
+
+
+def always(tick: int, sender: int, receiver: int) -> bool:
+    """Nothing is lost."""
+    return True
+
+
+def mix_pairs(
+    rounds: Sequence[PairRound], plan: Sequence[Mixing], *, lie: Lie = honest, arrives: Arrives = always
+) -> None:
     """Run the rounds of all members in memory, in place: the reference for tests and training tables.
 
-    A meeting that either side refuses does not take place. Raises LocalError unless every tick is a matching of them.
+    A meeting that either side refuses does not take place; a vector that is lost leaves its receiver where it is, the
+    other one moves. Raises LocalError unless every tick is a matching of them.
     """
     for tick, mixing in enumerate(plan):
         partners = partners_of(mixing)
@@ -204,8 +216,10 @@ def mix_pairs(rounds: Sequence[PairRound], plan: Sequence[Mixing], *, lie: Lie =
                 check_offer(said_j[0], rounds[i].claims, str(j))
             except PeerError:
                 continue
-            _meet(rounds[i], said_j, str(j))
-            _meet(rounds[j], said_i, str(i))
+            if arrives(tick, j, i):
+                _meet(rounds[i], said_j, str(j))
+            if arrives(tick, i, j):
+                _meet(rounds[j], said_i, str(i))
 
 
 def _meet(member: PairRound, said: tuple[Offer, Tensor], peer: str) -> None:

@@ -26,7 +26,9 @@ from farflung.aggregation.weights import Claim, WeightPolicy
 from farflung.compression import parse_codec
 from farflung.compression.codec import Codec, Shared
 from farflung.node.shared_state import shapes_of, shared_from, shared_vector
+from farflung.protocol import limits
 from farflung.protocol.blob import BlobRef, ChunkHasher, blob_digest, choose_chunk_bytes, chunk_digest
+from farflung.protocol.certificate import Certificate
 from farflung.protocol.errors import LocalError, PeerError, TooFewPeers
 from farflung.protocol.genesis import Genesis
 from farflung.protocol.identity import PeerId
@@ -157,6 +159,22 @@ class Anchor:
         found: dict[str, Tensor | None] = dict(zip(self.outer.state_names, self.state, strict=True))
         found |= {_RULE: self._rule_s, _SHARED: self._shared_d}
         return {name: buffer for name, buffer in found.items() if buffer is not None}
+
+    @property
+    def payload_bytes_max(self) -> int:
+        """More bytes than this no payload of the run may have; it is compared before anything is allocated."""
+        return int(self.codec.bits(self.schema) * self.schema.numel / 8) + limits.PAYLOAD_OVERHEAD_BYTES
+
+    def check(self, payload: bytes, round_index: int, peer: PeerId) -> None:
+        """Raise PeerError unless a member's payload would decode. Any thread; costs one pass over the payload."""
+        self.codec.check(payload, self.schema, self.shared, round_index)
+
+    def locate(self, certificate: Callable[[int], Certificate]) -> None:
+        """The state in here was loaded: find out from the chain what else belongs to it. Nothing, in gather mode."""
+
+    def needs(self, payload: bytes) -> BlobRef | None:
+        """A further blob that applying a checked payload takes."""
+        return None
 
     def arrays(self) -> list[F32]:
         """The state stream's parts. Whoever writes to them calls `loaded` next."""

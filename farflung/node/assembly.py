@@ -22,7 +22,10 @@ from farflung.node.audit import Audit
 from farflung.node.blobs import BlobExchange
 from farflung.node.flat import read_parameters
 from farflung.node.mailbox import Mailbox
+from farflung.node.mixing_codec import EXACT
+from farflung.node.mixing_round import terms_of
 from farflung.node.peers import Peers
+from farflung.node.reference import ReferenceAnchor
 from farflung.node.runtime import Clock, Transport
 from farflung.node.shell import Node, Parts
 from farflung.node.store import RunStore
@@ -71,6 +74,8 @@ def assemble(
         invite,
         around.workers,
     )
+    if isinstance(anchor, ReferenceAnchor):
+        anchor.open_blob = around.store.blob
     around.answers.node, around.answers.exchange = Node(parts), exchange
     return around.answers.node
 
@@ -80,14 +85,18 @@ def make_anchor(genesis: Genesis, model: nn.Module, *, threads: int = 1) -> Anch
     theta_d = torch.empty(genesis.schema.numel)
     read_parameters(model, theta_d)
     codec = parse_codec(genesis.codec)
-    return Anchor(
-        schema=genesis.schema,
-        codec=codec,
-        rule=parse_rule(genesis.rule),
-        outer=parse_outer(genesis.outer),
-        weights=parse_weights(genesis.weights),
-        theta_d=theta_d,
-        shared=codec.init(genesis.schema)[1],
-        threads=threads,
-        founder=PeerId.of(genesis.founder),
-    )
+    parts: dict[str, Any] = {
+        "schema": genesis.schema,
+        "codec": codec,
+        "rule": parse_rule(genesis.rule),
+        "outer": parse_outer(genesis.outer),
+        "weights": parse_weights(genesis.weights),
+        "theta_d": theta_d,
+        "shared": codec.init(genesis.schema)[1],
+        "threads": threads,
+        "founder": PeerId.of(genesis.founder),
+    }
+    if genesis.mode == "gather":
+        return Anchor(**parts)
+    terms = terms_of(codec.spec == EXACT)
+    return ReferenceAnchor(**parts, mode=genesis.mode, mixing=genesis.mixing, terms=terms)

@@ -68,13 +68,13 @@ class Shelf:
         self.sending = Meter()
         """How fast chunks leave."""
 
-    def offer(self, source: BlobSource) -> None:
-        """Serve a whole blob from now on; a partial one of that digest is replaced."""
+    def offer(self, source: BlobSource, *, tell: bool = True) -> None:
+        """Serve a whole blob from now on; a partial one of that digest is replaced. `tell`: watchers hear of it."""
         digest, known = source.ref.digest, self._items.get(source.ref.digest)
         self._items[digest] = _Item(source.ref, source.digests, source, None)
         if known is not None:
             known.finishing.set()
-        if known is None or known.have is not None:
+        if tell and (known is None or known.have is not None):
             for watcher in self._watchers:
                 watcher.whole.add(digest)
                 watcher.chunks.pop(digest, None)

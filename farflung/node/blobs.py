@@ -117,9 +117,9 @@ class BlobExchange:
 
     # -- giving ------------------------------------------------------------------------------------------------------
 
-    def offer(self, source: BlobSource) -> None:
-        """Serve a blob from now on. Offering it again is fine."""
-        self._shelf.offer(source)
+    def offer(self, source: BlobSource, *, tell: bool = True) -> None:
+        """Serve a blob from now on. Offering it again is fine. `tell`: watchers hear of it."""
+        self._shelf.offer(source, tell=tell)
 
     def forget(self, digest: bytes) -> None:
         """Serve a blob no longer. A download of it goes on: cancel its `fetch` to end that."""

@@ -31,8 +31,9 @@ class DemoSettings:
     members: int = 4
     rounds: int = 60
     inner_steps: int = 30
-    codec: str = "ef(1)|q2"
-    outer: str = "nesterov(lr=0.7,momentum=0.6)"
+    mode: str = "gather"
+    codec: str = ""
+    outer: str = ""
     layers: int = 2
     width: int = 64
     context: int = 64
@@ -56,6 +57,7 @@ class DemoSettings:
         return RunFile(
             name="demo",
             task_options={**options, "warmup": 20, "decay_steps": steps},
+            mode=self.mode,
             codec=self.codec,
             outer=self.outer,
             inner_steps=self.inner_steps,

@@ -20,6 +20,7 @@ from farflung.node.anchor import Anchor
 from farflung.node.data import RoundView
 from farflung.node.flat import adopt, adopt_copy, difference_and_norm, shift_parameters, write_parameters
 from farflung.node.mailbox import Adopt, Hurry, LocalResult, Notice, Stop
+from farflung.node.replica import Replica
 from farflung.protocol.genesis import Genesis
 
 
@@ -29,7 +30,7 @@ class Learner:
     def __init__(
         self,
         genesis: Genesis,
-        anchor: Anchor,
+        anchor: Anchor | Replica,
         model: nn.Module,
         on_adopt: Callable[[RoundView], None] | None = None,
         *,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 from farflung.compression.codec import Link
 from farflung.compression.guards import remembers
@@ -34,6 +35,15 @@ from farflung.protocol.statements import Announcement
 SAVE_SHARE = 20
 """Saving the codec's private state may take one part in this of the time. With rounds of minutes every round's is
 saved; a crash between two saves costs what error feedback held."""
+
+
+class Spoken(NamedTuple):
+    """What this member is about to announce: a payload, or None to abstain, and what it claims to have done."""
+
+    ref: BlobRef | None
+    source: BlobSource | None
+    steps: int
+    tokens: int
 
 
 class LocalPhase:
@@ -92,6 +102,9 @@ class LocalPhase:
             return
         self.private, self._encoded, self._saved = codec.restore_private(schema, saved.tensors), of_round, of_round
 
+    def reached(self, tip: Manifest) -> None:
+        """The anchor is at the tip; the first round of this life begins."""
+
     def wants_saving(self, now_s: float) -> bool:
         """Whether what the last encoding left behind is settled, not on disk, and enough time has passed.
 
@@ -125,8 +138,8 @@ class LocalPhase:
         self._speaking = result
         return True
 
-    def encode(self, result: LocalResult, link: Link) -> tuple[BlobRef | None, BlobSource | None]:
-        """Encode and put the payload on disk. None: the update is wild, abstain.
+    def encode(self, result: LocalResult, link: Link) -> Spoken:
+        """Encode and put the payload on disk. Without one the update is wild: this member abstains.
 
         The error feedback it leaves behind follows when there is time (`save`).
         """
@@ -134,14 +147,14 @@ class LocalPhase:
         self._wild = why is not None
         if why is not None:
             self._audit.note(f"abstains: {why}", round_index=result.round_index)
-            return None, None
+            return Spoken(None, None, 0, 0)
         codec, shared = self._anchor.codec, self._anchor.shared
         with self._private_lock:
             tuned = codec.tune(self.private, link)
             payload, self.private = codec.encode(result.delta_d, tuned, shared, result.round_index)
             self._encoded = result.round_index
         ref, digests = describe(payload)
-        return ref, self._store.put(payload, ref, digests)
+        return Spoken(ref, self._store.put(payload, ref, digests), result.steps, result.tokens)
 
     def _refuse(self, result: LocalResult) -> str | None:
         length = result.norm

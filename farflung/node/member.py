@@ -12,6 +12,7 @@ from typing import Any
 
 from farflung.node.anchor import Anchor
 from farflung.node.mailbox import LocalResult, Mailbox, Stop
+from farflung.node.replica import Replica
 from farflung.node.report import describe
 from farflung.node.shell import Node
 from farflung.protocol.errors import LocalError
@@ -53,9 +54,9 @@ class Member:
         return self.node.genesis
 
     @property
-    def anchor(self) -> Anchor:
-        """The agreed state; read θ under its lock."""
-        return self.node.anchor
+    def anchor(self) -> Anchor | Replica:
+        """What training stands on: the agreed state, or where members mix this member's own; read θ under its lock."""
+        return self.node.held
 
     def local_result(self, result: LocalResult) -> None:
         """Hand over the end of a local phase."""

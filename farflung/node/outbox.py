@@ -43,13 +43,14 @@ class Outbox:
         self.unreachable: dict[PeerId, str] = {}
         """Peers whose last message could not be delivered, and why."""
 
-    def put(self, peer: PeerId, kind: str, envelope: bytes) -> None:
-        """Send soon. `kind` names what a newer message replaces."""
+    def put(self, peer: PeerId, kind: str, envelope: bytes, *, current: bool = True) -> None:
+        """Send soon. `kind` names what a newer message replaces. `current`: it also says in which round this member is,
+        as a sign of life does; notes of a mixing are of the round before."""
         queue = self._waiting.setdefault(peer, OrderedDict())
-        if kind != SIGN_OF_LIFE:
+        if kind != SIGN_OF_LIFE and current:
             queue.pop(SIGN_OF_LIFE, None)
-            if peer in self._alone:
-                self._alone[peer].set()
+        if kind != SIGN_OF_LIFE and peer in self._alone:
+            self._alone[peer].set()
         queue[kind] = envelope
         if len(queue) > WAITING_MAX:
             queue.popitem(last=False)

@@ -35,6 +35,8 @@ def describe(node: Node) -> dict[str, Any]:
         "refusals": audit.refusals,
         "last_round": audit.last_round,
     }
+    if node.mixer is not None:
+        status["mixing"] = node.mixer.status()
     if machine is not None:
         status |= {
             "phase": str(machine.phase),

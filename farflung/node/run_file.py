@@ -17,11 +17,13 @@ from farflung.aggregation.weights import parse_weights
 from farflung.compression import parse_codec
 from farflung.node.anchor import first_buffers
 from farflung.node.flat import read_parameters, schema_of
+from farflung.node.mixing_check import check_mixing_run, default_codec, default_mixing, default_outer
 from farflung.node.state_sync import first_state
 from farflung.node.tasks.load import describe_task, load_task
 from farflung.protocol import limits
 from farflung.protocol.errors import ConfigError
-from farflung.protocol.genesis import Genesis, Timing, secret_digest
+from farflung.protocol.genesis import MODES, Genesis, Timing, secret_digest
+from farflung.protocol.mixing.settings import Mixing
 
 T = TypeVar("T")
 
@@ -39,8 +41,14 @@ class RunFile:
     task_options: Mapping[str, Any] = field(default_factory=dict)
     """The task's own options."""
 
-    codec: str = "ef(1)|q2"
-    """How updates travel: 2 bits per parameter with error feedback."""
+    codec: str = ""
+    """How updates travel. Left out: "ef(1)|q2", 2 bits per parameter with error feedback; where members mix "int8"."""
+
+    mode: str = "gather"
+    """How updates meet: "gather" (everybody gets every update), "push-sum" or "pairs" (docs/push-sum.md)."""
+
+    mixing: Mixing | None = None
+    """How they mix: the table [mixing]; only with push-sum or pairs. Left out: by the mode."""
 
     rule: str = ""
     """How updates are combined: "mean", "geometric-median(f=1)", ... (`farflung bench rule --list` has all). Left out:
@@ -49,8 +57,9 @@ class RunFile:
     liars: int = 0
     """How many members' updates may be lies; 0: everybody is trusted. Named again in the rule, as its f."""
 
-    outer: str = "nesterov(lr=0.7,momentum=0.6)"
-    """How the anchor moves: "sgd(lr=1.0)" averages models."""
+    outer: str = ""
+    """How the anchor moves: "sgd(lr=1.0)" averages models. Left out: Nesterov, or where a round is one inexact exchange
+    heavy ball with less momentum."""
 
     inner_steps: int = 30
     """Local steps per round. Traffic per step falls with it, and so, slowly, does what a step is worth."""
@@ -76,6 +85,19 @@ class RunFile:
 
     timing: Timing = field(default_factory=Timing)
     """How long rounds may wait."""
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ConfigError(f"mode is one of {', '.join(MODES)}, got {self.mode!r}")
+        if self.mixing is not None and self.mode == "gather":
+            raise ConfigError('[mixing] is for runs with mode = "push-sum" or "pairs"')
+        found = {
+            "codec": self.codec or default_codec(self.mode),
+            "mixing": self.mixing or (None if self.mode == "gather" else default_mixing(self.mode)),
+        }
+        found["outer"] = self.outer or default_outer(found["mixing"])  # type: ignore[arg-type]
+        for name, value in found.items():
+            object.__setattr__(self, name, value)
 
     def parsed_rule(self) -> ParsedRule:
         """The rule, by name or by the number of liars. Raises ConfigError if the two disagree."""
@@ -122,7 +144,14 @@ def parse_run(values: Mapping[str, Any], *, where: str) -> RunFile:
     timing = values.get("timing", {})
     if not isinstance(timing, Mapping):
         raise ConfigError(f"{where}: [timing] must be a table")
-    return _make(RunFile, {**values, "timing": _make(Timing, timing, f"{where} [timing]")}, where)
+    tables: dict[str, Any] = {"timing": _make(Timing, timing, f"{where} [timing]")}
+    if "mixing" in values:
+        mixing, mode = values["mixing"], str(values.get("mode", "gather"))
+        if not isinstance(mixing, Mapping):
+            raise ConfigError(f"{where}: [mixing] must be a table")
+        given = {"graph": default_mixing(mode).graph, "ticks": default_mixing(mode).ticks} | dict(mixing)
+        tables["mixing"] = _make(Mixing, given, f"{where} [mixing]")
+    return _make(RunFile, {**values, **tables}, where)
 
 
 def _make(kind: type[T], values: Mapping[str, Any], where: str) -> T:
@@ -150,6 +179,8 @@ def make_genesis(run: RunFile, founder: bytes, secret: bytes) -> tuple[Genesis, 
     read_parameters(model, theta_d)
     outer, codec, rule = parse_outer(run.outer), parse_codec(run.codec), run.parsed_rule()
     weights = parse_weights(run.weights)
+    if run.mixing is not None:
+        check_mixing_run(run.mode, run.mixing, codec, rule, run.liars, schema)
     if weights.scale is not None and (rule.f or not rule.scales):
         why = "it would believe what members claim" if rule.f else "it looks at coordinates one by one"
         raise ConfigError(
@@ -169,6 +200,8 @@ def make_genesis(run: RunFile, founder: bytes, secret: bytes) -> tuple[Genesis, 
         rule=rule.spec,
         outer=outer.spec,
         weights=weights.spec,
+        mode=run.mode,
+        mixing=run.mixing or Mixing(),
         inner_steps=run.inner_steps,
         rounds=run.rounds,
         closed=run.closed,
@@ -190,6 +223,7 @@ task = "builtin:stdlib-gpt"       # or "module:object", an object of your own (d
 inner_steps = 30                  # local steps per round
 codec = "ef(1)|q2"                # 2 bits per parameter, with error feedback
 outer = "nesterov(lr=0.7,momentum=0.6)"
+# mode = "push-sum"               # members mix in small groups instead of getting every update (docs/push-sum.md)
 # liars = 1                       # so many members' updates may be lies: a robust rule combines them
 closed = true                     # only who has the invite may join
 

@@ -23,12 +23,16 @@ from farflung.node.blobs import BlobExchange
 from farflung.node.entries import decode_entry, encode_entry
 from farflung.node.local_phase import LocalPhase
 from farflung.node.mailbox import LocalResult, Mailbox
+from farflung.node.mixer import Mixer
+from farflung.node.mixing_parts import mixing_parts
 from farflung.node.outbox import Outbox
 from farflung.node.peers import Peers
 from farflung.node.pursuit import Pursuit
+from farflung.node.reference import ReferenceAnchor
+from farflung.node.replica import Replica
 from farflung.node.report import describe
 from farflung.node.runtime import Clock, Transport
-from farflung.node.state_sync import SNAPSHOT_S, StateSync, payload_bytes_max, read_payloads
+from farflung.node.state_sync import SNAPSHOT_S, StateSync, read_payloads
 from farflung.node.store import RunStore
 from farflung.protocol.blob import BlobRef
 from farflung.protocol.certificate import Certificate
@@ -56,6 +60,7 @@ from farflung.protocol.errors import ConfigError, FarflungError, LocalError, Pee
 from farflung.protocol.genesis import Genesis
 from farflung.protocol.identity import Identity, PeerId
 from farflung.protocol.manifest import Manifest
+from farflung.protocol.mixing.notes import Note as MixingNote
 from farflung.protocol.phase import Phase, Self
 from farflung.protocol.round import RECENT_TIPS, RoundMachine
 from farflung.protocol.statements import Announcement, Slot
@@ -111,9 +116,6 @@ class Node:
         self.outbox = Outbox(parts.transport, parts.peers.record_of, CALL_S)
         self.sync = StateSync(parts.genesis, parts.store, parts.exchange, parts.peers, parts.transport, parts.anchor)
         self.machine: RoundMachine | None = None
-        self.local = LocalPhase(
-            parts.genesis, parts.store, parts.anchor, parts.clock, parts.mailbox, parts.audit, self.me
-        )
         self._inbox: asyncio.Queue[Event] = asyncio.Queue(INBOX_MAX)
         self._pool = parts.workers or ThreadPoolExecutor(max(2, self.anchor.threads), "farflung")
         self._tasks: dict[asyncio.Task[None], None] = {}
@@ -122,6 +124,14 @@ class Node:
         self._snapshot: asyncio.Task[None] | None = None
         self._served: deque[bytes] = deque()
         self.pursuit = Pursuit(parts.genesis, parts.peers, parts.transport, parts.audit)
+        self.local: LocalPhase
+        self.mixer: Mixer | None = None
+        if isinstance(self.anchor, ReferenceAnchor):
+            self.local, self.mixer = mixing_parts(self)
+        else:
+            self.local = self._phase()
+        self.held: Anchor | Replica = self.anchor if self.mixer is None else self.mixer.ways.replica
+        """What this member's training stands on: the anchor, or its own parameters where members mix."""
         self._left = asyncio.Event()
         self._lost = asyncio.Event()
         self._failed: asyncio.Future[None] | None = None
@@ -142,6 +152,10 @@ class Node:
                 self._forget_fetches()
                 async with self._trying:
                     tip = await self.sync.reach_tip(self._pool)
+                self.local.reached(tip.manifest)
+                if self.mixer is not None:
+                    await self.mixer.stop()
+                    self.mixer.sit_out(tip.manifest)
                 self.local.overtaken(lambda index: self.sync.certificate(index).manifest, tip.manifest.round_index)
                 for source in self.sync.kept_sources():
                     self.parts.exchange.offer(source)
@@ -190,9 +204,27 @@ class Node:
         except PeerError as error:
             self.parts.audit.refused(error.peer, error.why, round_index=self._round)
             raise
+        if isinstance(message.statement, MixingNote):
+            self._hear_note(message)
+            return
         if self._inbox.full():
             raise PeerError(message.sender.short, "sends too many messages at once")
         self._inbox.put_nowait(Heard(message))
+
+    def _hear_note(self, message: Message) -> None:
+        """What partners say while they mix is about their mixing's round, not about the machine's."""
+        machine, mixer = self.machine, self.mixer
+        if machine is None or mixer is None or message.sender not in machine.parent.member_of:
+            raise PeerError(message.sender.short, "tells this member of a mixing it takes no part in")
+        machine.heard_s[message.sender] = self.clock.now_s()
+        mixer.hear(message)
+
+    def mixed(self) -> None:
+        """The mixing of a round has ended: training may go on from what it gave."""
+        machine = self.machine
+        if machine is not None:
+            self.local.welcome(machine)
+            self._after(machine.round_index)
 
     async def _end(self) -> None:
         tasks = [*self._tasks]
@@ -209,12 +241,12 @@ class Node:
 
     async def _enter(self, tip: Certificate) -> None:
         """Start the machine from the tip on disk, with what this round's journal remembers."""
-        identity, codec, schema = self.parts.identity, self.anchor.codec, self.anchor.schema
+        identity = self.parts.identity
         me = Self(
             peer_id=self.me,
             public_key=identity.public_key,
             sign=identity.sign,
-            payload_bytes_max=payload_bytes_max(codec, schema),
+            payload_bytes_max=self.anchor.payload_bytes_max,
             secret=self.parts.secret,
         )
         machine = RoundMachine(self.genesis, me, tip)
@@ -306,6 +338,8 @@ class Node:
         alone = machine.parent.member_of.keys() == {self.me}  # nobody is there to be told, or to release me
         ending = machine.certificate  # known, perhaps not applied: those who stay need not serve a leaver any more
         released = not machine.is_member or (ending is not None and self.me not in ending.manifest.member_of)
+        if self.mixer is not None and self.mixer.busy:
+            return  # partners count on this member until the mixing has ended
         if over or (machine.leaving and (alone or released)):
             self._left.set()
         self.local.hurry(machine)
@@ -313,12 +347,11 @@ class Node:
     async def _speak(self, result: LocalResult, slot: Slot, members: int) -> None:
         """Encode, put on disk, announce; or abstain."""
         link = Link(*self.parts.exchange.take_speeds_bps(), result.train_s, members)
-        ref, source = await self._in_thread(self.local.encode, result, link)
-        if source is not None:
-            self.parts.exchange.offer(source)
-        self.parts.audit.spoke(result, ref)
-        steps, tokens = (result.steps, result.tokens) if ref is not None else (0, 0)
-        bare = Announcement(self.parts.identity.public_key, ref, steps, tokens)
+        spoken = await self._in_thread(self.local.encode, result, link)
+        if spoken.source is not None:
+            self.parts.exchange.offer(spoken.source)
+        self.parts.audit.spoke(result, spoken.ref)
+        bare = Announcement(self.parts.identity.public_key, spoken.ref, spoken.steps, spoken.tokens)
         await self._inbox.put(Own(bare.signed(slot, self.parts.identity.sign)))
 
     # -- payloads -----------------------------------------------------------------------------------------------------
@@ -331,7 +364,7 @@ class Node:
             self._fetching[ref.digest] = task
 
     async def _get_payload(self, announcement: Announcement, ref: BlobRef) -> None:
-        peer, round_index, shared = announcement.peer_id, self._round, self.anchor.shared
+        peer, round_index = announcement.peer_id, self._round
         while self.store.blob(ref.digest) is None:
             members = self.parts.peers.members
             try:
@@ -347,13 +380,16 @@ class Node:
         if held is None:
             raise LocalError(f"a fetched payload is not on disk: {ref.short}")
         self.parts.exchange.offer(held)
-        codec, schema = self.anchor.codec, self.anchor.schema
+        anchor, payload = self.anchor, bytes(held.map())
         try:
-            await self._in_thread(lambda: codec.check(bytes(held.map()), schema, shared, round_index))
+            await self._in_thread(anchor.check, payload, round_index, peer)
         except PeerError as error:
             self.parts.audit.refused(peer.short, f"payload {ref.short}: {error.why}", round_index=round_index)
             await self._inbox.put(Refused(ref.digest, error.why))
             return
+        if (further := anchor.needs(payload)) is not None:
+            origin, members = peer, self.parts.peers.members
+            self.parts.exchange.offer(await self.parts.exchange.fetch(further, origin=origin, peers=members))
         self.parts.audit.arrived(peer, ref)
         await self._inbox.put(Held(ref.digest))
 
@@ -373,6 +409,8 @@ class Node:
         data, announced = certificate.canonical_bytes, self.local.announced
         await self._in_thread(self.store.end_round, manifest.round_index, data, announced)
         trial = self.anchor.commit(manifest.digest)
+        if self.mixer is not None:
+            trial = self.mixer.after(manifest, trial)
         counted = self.local.judge(manifest, trial.verdicts)
         self.parts.audit.certified(certificate, trial, counted=counted)
         self._forget_fetches()
@@ -450,6 +488,10 @@ class Node:
         assert machine is not None
         audience = ({*machine.parent.member_of} | {*machine.attendance.joins}) - {self.me}
         return sorted(audience, key=lambda peer: peer.digest)
+
+    def _phase(self) -> LocalPhase:
+        parts = self.parts
+        return LocalPhase(parts.genesis, parts.store, parts.anchor, parts.clock, parts.mailbox, parts.audit, self.me)
 
     def _envelope(self, slot: Slot, statement: Statement) -> bytes:
         return encode_message(self.parts.identity, slot.run_id, slot.round_index, slot.parent, statement)

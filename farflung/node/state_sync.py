@@ -16,20 +16,18 @@ from typing import Any
 
 import torch
 
-from farflung.compression.codec import Codec
 from farflung.node.anchor import Anchor, state_digests
 from farflung.node.blobs import BlobExchange, BlobSource
 from farflung.node.peers import Peers
 from farflung.node.runtime import Transport
+from farflung.node.snapshots import Snapshot
 from farflung.node.store import RunStore
-from farflung.protocol import limits
 from farflung.protocol.blob import BlobRef, choose_chunk_bytes
 from farflung.protocol.certificate import Certificate, check_certificate, decode_certificate
 from farflung.protocol.errors import ConfigError, LocalError, PeerError, TooFewPeers
 from farflung.protocol.genesis import Genesis
 from farflung.protocol.manifest import Manifest
 from farflung.protocol.record import PeerRecord
-from farflung.protocol.schema import Schema
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +84,7 @@ class StateSync:
 
     @property
     def _payload_bytes_max(self) -> int:
-        return payload_bytes_max(self.anchor.codec, self.anchor.schema)
+        return self.anchor.payload_bytes_max
 
     def certificate(self, round_index: int) -> Certificate:
         """A certificate from disk. Raises LocalError if it is not there."""
@@ -175,11 +173,12 @@ class StateSync:
         """The newest state this machine has: what the anchor holds, a snapshot, or θ₀."""
         held = self.anchor.round_index
         if 0 < held <= goal and self._matches(held):
+            self.anchor.locate(self.certificate)
             return held
         snapshot = self.store.latest_snapshot()
         usable = snapshot is not None and snapshot.round_index <= goal
         if snapshot is not None and usable and self._vouched(snapshot.round_index, snapshot.ref):
-            self.anchor.load(snapshot.round_index, *snapshot.load())
+            self._load(snapshot)
             return snapshot.round_index
         return 0 if self.anchor.round_index == 0 and self._matches(0) else None
 
@@ -192,9 +191,13 @@ class StateSync:
         snapshot = next((one for one in held if one is not None and self._vouched(one.round_index, one.ref)), None)
         if snapshot is None:
             raise PeerError("?", f"no snapshot from before round {round_index} to recompute from")
-        self.anchor.load(snapshot.round_index, *snapshot.load())
+        self._load(snapshot)
         for index in range(snapshot.round_index + 1, round_index + 1):
             self._apply(self.certificate(index))
+
+    def _load(self, snapshot: Snapshot) -> None:
+        self.anchor.load(snapshot.round_index, *snapshot.load())
+        self.anchor.locate(self.certificate)
 
     def _vouched(self, round_index: int, ref: BlobRef) -> bool:
         """Whether a snapshot is the certified state: one written from a damaged memory is not."""
@@ -264,6 +267,7 @@ class StateSync:
                     view[first:last] = data[first + offset - start : last + offset - start]
                 offset += len(view)
         self.anchor.loaded(round_index)
+        self.anchor.locate(self.certificate)
         self.store.write_snapshot(round_index, self.anchor.theta_d, self.anchor.buffers)
 
     # -- replaying ----------------------------------------------------------------------------------------------------
@@ -273,6 +277,8 @@ class StateSync:
             self.doing = f"replaying round {index} of {goal}"
             certificate = self.certificate(index)
             await asyncio.gather(*(self._have(item.payload) for item in certificate.manifest.payloads))
+            for payload in read_payloads(self.store, certificate.manifest):
+                await self._have(self.anchor.needs(payload))
             await self._in(pool, self._apply, certificate)
 
     async def _have(self, ref: BlobRef | None) -> None:
@@ -317,6 +323,9 @@ class StateSync:
             *map(self._payload_digests, range(max(oldest - 2 * self.genesis.snapshot_rounds, 1), oldest + 1))
         )
         dropped = [digest for digest in sorted(old - kept) if self.store.blob(digest) is not None]
+        named = (self.store.blob(digest) for digest in dropped)
+        further = [self.anchor.needs(bytes(source.map())) for source in named if source is not None]
+        dropped += [ref.digest for ref in further if ref is not None and ref.digest not in kept]
         for digest in dropped:
             self.store.drop(digest)
         return dropped
@@ -347,11 +356,6 @@ def read_payloads(store: RunStore, manifest: Manifest) -> list[bytes]:
             raise LocalError(f"a payload of round {manifest.round_index} is not on disk")
         found.append(bytes(source.map()))
     return found
-
-
-def payload_bytes_max(codec: Codec, schema: Schema) -> int:
-    """More bytes than this no payload of the run may have; it is compared before anything is allocated."""
-    return int(codec.bits(schema) * schema.numel / 8) + limits.PAYLOAD_OVERHEAD_BYTES
 
 
 def first_state(theta_d: torch.Tensor, buffers: Mapping[str, torch.Tensor]) -> tuple[BlobRef, list[bytes]]:

@@ -11,11 +11,12 @@ from farflung.protocol import limits
 from farflung.protocol.canonical import decode_canonical, encode_canonical
 from farflung.protocol.errors import ConfigError, PeerError
 from farflung.protocol.identity import PUBLIC_KEY_BYTES
+from farflung.protocol.mixing.settings import Mixing
 from farflung.protocol.schema import Schema
 
 PROTOCOL_VERSION = 1
 RUN_ID_BYTES = 20
-MODES = ("gather",)
+MODES = ("gather", "push-sum", "pairs")
 TRUSTS = ("crash",)
 
 
@@ -90,7 +91,10 @@ class Genesis:
     """What a member's claims count for: "uniform", "steps(cap=500)" or "tokens(cap=100000)"; caps bound liars."""
 
     mode: str = "gather"
-    """The exchange mode (DESIGN §4)."""
+    """How updates meet: "gather" (everybody gets every payload), "push-sum" or "pairs" (members mix in small groups)."""
+
+    mixing: Mixing = field(default_factory=Mixing)
+    """How members mix; with "gather" it is not part of the run and must be left alone."""
 
     trust: str = "crash"
     """What voters are trusted with: `crash` assumes that they may stop but do not lie to each other."""
@@ -129,6 +133,7 @@ class Genesis:
             (1 <= self.inner_steps <= 1_000_000, "inner_steps"),
             (0 <= self.rounds <= 1_000_000_000, "rounds"),
             (self.mode in MODES, "mode"),
+            (self.mode != "gather" or self.mixing == Mixing(), "mixing (gather does not mix)"),
             (self.trust in TRUSTS, "trust"),
             (len(self.secret_digest) in (0, 32), "secret_digest"),
             (bool(self.secret_digest) or not self.closed, "secret_digest (a closed run needs a join secret)"),
@@ -151,6 +156,10 @@ class Genesis:
         value["state_digest"] = self.state_digest.hex()
         value["secret_digest"] = self.secret_digest.hex()
         value["schema"] = self.schema.to_json()
+        if self.mode == "gather":
+            del value["mixing"]
+        else:
+            value["mixing"] = self.mixing.to_json()
         value["timing"] = {item.name: getattr(self.timing, item.name) for item in fields(self.timing)}
         return encode_canonical(value)
 
@@ -196,13 +205,14 @@ def decode_genesis(data: bytes, run_id: bytes) -> Genesis:
     if unknown:
         raise ConfigError(f"the run has settings this farflung does not know ({', '.join(unknown)}): update farflung")
     types = {"str": str, "int": int, "bool": bool}
-    for table, kinds in ((value, fields(Genesis)), (value.get("timing"), fields(Timing))):
+    tables = ((value, fields(Genesis)), (value.get("timing"), fields(Timing)), (value.get("mixing"), fields(Mixing)))
+    for table, kinds in tables:
         for item in kinds:
             wanted = types.get(str(item.type))
             if isinstance(table, dict) and item.name in table and wanted and type(table[item.name]) is not wanted:
                 raise PeerError("?", f"malformed genesis: {item.name} is not of type {item.type}")
     try:
-        return Genesis(
+        genesis = Genesis(
             **{
                 **value,
                 "founder": bytes.fromhex(value["founder"]),
@@ -210,7 +220,11 @@ def decode_genesis(data: bytes, run_id: bytes) -> Genesis:
                 "secret_digest": bytes.fromhex(value["secret_digest"]),
                 "schema": Schema.from_json(value["schema"]),
                 "timing": Timing(**value["timing"]),
+                "mixing": Mixing(**value.get("mixing", {})),
             }
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise PeerError("?", f"malformed genesis: {error}") from None
+    if genesis.canonical_bytes != data:
+        raise PeerError("?", "a genesis that leaves out settings, or has some that its mode does not know")
+    return genesis

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n farflung/protocol/messages.proto\x12\x08\x66\x61rflung\"?\n\x08\x45nvelope\x12\x12\n\npublic_key\x18\x01 \x01(\x0c\x12\x0c\n\x04\x62ody\x18\x02 \x01(\x0c\x12\x11\n\tsignature\x18\x03 \x01(\x0c\"\x99\x02\n\x04\x42ody\x12\x0e\n\x06run_id\x18\x01 \x01(\x0c\x12\r\n\x05round\x18\x02 \x01(\x04\x12\x0e\n\x06parent\x18\x03 \x01(\x0c\x12\x12\n\x08\x61nnounce\x18\n \x01(\x0cH\x00\x12&\n\x08proposal\x18\x0b \x01(\x0b\x32\x12.farflung.ProposalH\x00\x12\x1e\n\x04vote\x18\x0c \x01(\x0b\x32\x0e.farflung.VoteH\x00\x12$\n\x07promise\x18\r \x01(\x0b\x32\x11.farflung.PromiseH\x00\x12\x0e\n\x04join\x18\x0e \x01(\x0cH\x00\x12\x0f\n\x05leave\x18\x0f \x01(\x0cH\x00\x12\"\n\x06status\x18\x10 \x01(\x0b\x32\x10.farflung.StatusH\x00\x12\x13\n\tcertified\x18\x11 \x01(\x0cH\x00\x42\x06\n\x04kind\"*\n\x08Proposal\x12\x0c\n\x04view\x18\x01 \x01(\x04\x12\x10\n\x08manifest\x18\x02 \x01(\x0c\"V\n\x04Vote\x12\x0c\n\x04view\x18\x01 \x01(\x04\x12\x17\n\x0fmanifest_digest\x18\x02 \x01(\x0c\x12\x14\n\x0cstate_digest\x18\x03 \x01(\x0c\x12\x11\n\tsignature\x18\x04 \x01(\x0c\"R\n\x07Promise\x12\x0c\n\x04view\x18\x01 \x01(\x04\x12\r\n\x05voted\x18\x02 \x01(\x08\x12\x12\n\nvoted_view\x18\x03 \x01(\x04\x12\x16\n\x0evoted_manifest\x18\x04 \x01(\x0c\"F\n\x06Status\x12\x0c\n\x04view\x18\x01 \x01(\x04\x12\x1a\n\x12upload_bytes_per_s\x18\x02 \x01(\x04\x12\x12\n\ninner_step\x18\x03 \x01(\x04\"&\n\x05Reply\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x08\x12\x0b\n\x03why\x18\x02 \x01(\t\"1\n\x0eRecordsRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\x0c\x12\x0f\n\x07records\x18\x02 \x03(\x0c\"\x1f\n\x0cRecordsReply\x12\x0f\n\x07records\x18\x01 \x03(\x0c\"2\n\x0c\x43hainRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\x0c\x12\x12\n\nfrom_round\x18\x02 \x01(\x04\"5\n\nChainReply\x12\x14\n\x0c\x63\x65rtificates\x18\x01 \x03(\x0c\x12\x11\n\ttip_round\x18\x02 \x01(\x04\" \n\x0eGenesisRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\x0c\"\x1f\n\x0cGenesisReply\x12\x0f\n\x07genesis\x18\x01 \x01(\x0c\"!\n\x0fSnapshotRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\x0c\"Q\n\rSnapshotReply\x12\r\n\x05round\x18\x01 \x01(\x04\x12\x0c\n\x04size\x18\x02 \x01(\x04\x12\x13\n\x0b\x63hunk_bytes\x18\x03 \x01(\r\x12\x0e\n\x06\x64igest\x18\x04 \x01(\x0c\"=\n\x0b\x42lobRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\x0c\x12\x0e\n\x06\x64igest\x18\x02 \x01(\x0c\x12\x0e\n\x06\x63hunks\x18\x03 \x03(\r\"(\n\tBlobChunk\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"\x1e\n\x0cWatchRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\x0c\"6\n\x07Holding\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\x12\x0b\n\x03\x61ll\x18\x02 \x01(\x08\x12\x0e\n\x06\x63hunks\x18\x03 \x03(\r\"/\n\x08Holdings\x12#\n\x08holdings\x18\x01 \x03(\x0b\x32\x11.farflung.Holding2\xe1\x02\n\x07\x43ontrol\x12.\n\x07\x44\x65liver\x12\x12.farflung.Envelope\x1a\x0f.farflung.Reply\x12;\n\x07Records\x12\x18.farflung.RecordsRequest\x1a\x16.farflung.RecordsReply\x12;\n\x07Genesis\x12\x18.farflung.GenesisRequest\x1a\x16.farflung.GenesisReply\x12\x35\n\x05\x43hain\x12\x16.farflung.ChainRequest\x1a\x14.farflung.ChainReply\x12>\n\x08Snapshot\x12\x19.farflung.SnapshotRequest\x1a\x17.farflung.SnapshotReply\x12\x35\n\x05Watch\x12\x16.farflung.WatchRequest\x1a\x12.farflung.Holdings0\x01\x32=\n\x04\x42ulk\x12\x35\n\x05\x46\x65tch\x12\x15.farflung.BlobRequest\x1a\x13.farflung.BlobChunk0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n farflung/protocol/messages.proto\x12\x08\x66\x61rflung\"?\n\x08\x45nvelope\x12\x12\n\npublic_key\x18\x01 \x01(\x0c\x12\x0c\n\x04\x62ody\x18\x02 \x01(\x0c\x12\x11\n\tsignature\x18\x03 \x01(\x0c\"\xab\x02\n\x04\x42ody\x12\x0e\n\x06run_id\x18\x01 \x01(\x0c\x12\r\n\x05round\x18\x02 \x01(\x04\x12\x0e\n\x06parent\x18\x03 \x01(\x0c\x12\x12\n\x08\x61nnounce\x18\n \x01(\x0cH\x00\x12&\n\x08proposal\x18\x0b \x01(\x0b\x32\x12.farflung.ProposalH\x00\x12\x1e\n\x04vote\x18\x0c \x01(\x0b\x32\x0e.farflung.VoteH\x00\x12$\n\x07promise\x18\r \x01(\x0b\x32\x11.farflung.PromiseH\x00\x12\x0e\n\x04join\x18\x0e \x01(\x0cH\x00\x12\x0f\n\x05leave\x18\x0f \x01(\x0cH\x00\x12\"\n\x06status\x18\x10 \x01(\x0b\x32\x10.farflung.StatusH\x00\x12\x13\n\tcertified\x18\x11 \x01(\x0cH\x00\x12\x10\n\x06mixing\x18\x12 \x01(\x0cH\x00\x42\x06\n\x04kind\"*\n\x08Proposal\x12\x0c\n\x04view\x18\x01 \x01(\x04\x12\x10\n\x08manifest\x18\x02 \x01(\x0c\"V\n\x04Vote\x12\x0c\n\x04view\x18\x01 \x01(\x04\x12\x17\n\x0fmanifest_digest\x18\x02 \x01(\x0c\x12\x14\n\x0cstate_digest\x18\x03 \x01(\x0c\x12\x11\n\tsignature\x18\x04 \x01(\x0c\"R\n\x07Promise\x12\x0c\n\x04view\x18\x01 \x01(\x04\x12\r\n\x05voted\x18\x02 \x01(\x08\x12\x12\n\nvoted_view\x18\x03 \x01(\x04\x12\x16\n\x0evoted_manifest\x18\x04 \x01(\x0c\"F\n\x06Status\x12\x0c\n\x04view\x18\x01 \x01(\x04\x12\x1a\n\x12upload_bytes_per_s\x18\x02 \x01(\x04\x12\x12\n\ninner_step\x18\x03 \x01(\x04\"&\n\x05Reply\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x08\x12\x0b\n\x03why\x18\x02 \x01(\t\"1\n\x0eRecordsRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\x0c\x12\x0f\n\x07records\x18\x02 \x03(\x0c\"\x1f\n\x0cRecordsReply\x12\x0f\n\x07records\x18\x01 \x03(\x0c\"2\n\x0c\x43hainRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\x0c\x12\x12\n\nfrom_round\x18\x02 \x01(\x04\"5\n\nChainReply\x12\x14\n\x0c\x63\x65rtificates\x18\x01 \x03(\x0c\x12\x11\n\ttip_round\x18\x02 \x01(\x04\" \n\x0eGenesisRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\x0c\"\x1f\n\x0cGenesisReply\x12\x0f\n\x07genesis\x18\x01 \x01(\x0c\"!\n\x0fSnapshotRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\x0c\"Q\n\rSnapshotReply\x12\r\n\x05round\x18\x01 \x01(\x04\x12\x0c\n\x04size\x18\x02 \x01(\x04\x12\x13\n\x0b\x63hunk_bytes\x18\x03 \x01(\r\x12\x0e\n\x06\x64igest\x18\x04 \x01(\x0c\"=\n\x0b\x42lobRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\x0c\x12\x0e\n\x06\x64igest\x18\x02 \x01(\x0c\x12\x0e\n\x06\x63hunks\x18\x03 \x03(\r\"(\n\tBlobChunk\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"\x1e\n\x0cWatchRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\x0c\"6\n\x07Holding\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\x12\x0b\n\x03\x61ll\x18\x02 \x01(\x08\x12\x0e\n\x06\x63hunks\x18\x03 \x03(\r\"/\n\x08Holdings\x12#\n\x08holdings\x18\x01 \x03(\x0b\x32\x11.farflung.Holding2\xe1\x02\n\x07\x43ontrol\x12.\n\x07\x44\x65liver\x12\x12.farflung.Envelope\x1a\x0f.farflung.Reply\x12;\n\x07Records\x12\x18.farflung.RecordsRequest\x1a\x16.farflung.RecordsReply\x12;\n\x07Genesis\x12\x18.farflung.GenesisRequest\x1a\x16.farflung.GenesisReply\x12\x35\n\x05\x43hain\x12\x16.farflung.ChainRequest\x1a\x14.farflung.ChainReply\x12>\n\x08Snapshot\x12\x19.farflung.SnapshotRequest\x1a\x17.farflung.SnapshotReply\x12\x35\n\x05Watch\x12\x16.farflung.WatchRequest\x1a\x12.farflung.Holdings0\x01\x32=\n\x04\x42ulk\x12\x35\n\x05\x46\x65tch\x12\x15.farflung.BlobRequest\x1a\x13.farflung.BlobChunk0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,45 +34,45 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ENVELOPE']._serialized_start=46
   _globals['_ENVELOPE']._serialized_end=109
   _globals['_BODY']._serialized_start=112
-  _globals['_BODY']._serialized_end=393
-  _globals['_PROPOSAL']._serialized_start=395
-  _globals['_PROPOSAL']._serialized_end=437
-  _globals['_VOTE']._serialized_start=439
-  _globals['_VOTE']._serialized_end=525
-  _globals['_PROMISE']._serialized_start=527
-  _globals['_PROMISE']._serialized_end=609
-  _globals['_STATUS']._serialized_start=611
-  _globals['_STATUS']._serialized_end=681
-  _globals['_REPLY']._serialized_start=683
-  _globals['_REPLY']._serialized_end=721
-  _globals['_RECORDSREQUEST']._serialized_start=723
-  _globals['_RECORDSREQUEST']._serialized_end=772
-  _globals['_RECORDSREPLY']._serialized_start=774
-  _globals['_RECORDSREPLY']._serialized_end=805
-  _globals['_CHAINREQUEST']._serialized_start=807
-  _globals['_CHAINREQUEST']._serialized_end=857
-  _globals['_CHAINREPLY']._serialized_start=859
-  _globals['_CHAINREPLY']._serialized_end=912
-  _globals['_GENESISREQUEST']._serialized_start=914
-  _globals['_GENESISREQUEST']._serialized_end=946
-  _globals['_GENESISREPLY']._serialized_start=948
-  _globals['_GENESISREPLY']._serialized_end=979
-  _globals['_SNAPSHOTREQUEST']._serialized_start=981
-  _globals['_SNAPSHOTREQUEST']._serialized_end=1014
-  _globals['_SNAPSHOTREPLY']._serialized_start=1016
-  _globals['_SNAPSHOTREPLY']._serialized_end=1097
-  _globals['_BLOBREQUEST']._serialized_start=1099
-  _globals['_BLOBREQUEST']._serialized_end=1160
-  _globals['_BLOBCHUNK']._serialized_start=1162
-  _globals['_BLOBCHUNK']._serialized_end=1202
-  _globals['_WATCHREQUEST']._serialized_start=1204
-  _globals['_WATCHREQUEST']._serialized_end=1234
-  _globals['_HOLDING']._serialized_start=1236
-  _globals['_HOLDING']._serialized_end=1290
-  _globals['_HOLDINGS']._serialized_start=1292
-  _globals['_HOLDINGS']._serialized_end=1339
-  _globals['_CONTROL']._serialized_start=1342
-  _globals['_CONTROL']._serialized_end=1695
-  _globals['_BULK']._serialized_start=1697
-  _globals['_BULK']._serialized_end=1758
+  _globals['_BODY']._serialized_end=411
+  _globals['_PROPOSAL']._serialized_start=413
+  _globals['_PROPOSAL']._serialized_end=455
+  _globals['_VOTE']._serialized_start=457
+  _globals['_VOTE']._serialized_end=543
+  _globals['_PROMISE']._serialized_start=545
+  _globals['_PROMISE']._serialized_end=627
+  _globals['_STATUS']._serialized_start=629
+  _globals['_STATUS']._serialized_end=699
+  _globals['_REPLY']._serialized_start=701
+  _globals['_REPLY']._serialized_end=739
+  _globals['_RECORDSREQUEST']._serialized_start=741
+  _globals['_RECORDSREQUEST']._serialized_end=790
+  _globals['_RECORDSREPLY']._serialized_start=792
+  _globals['_RECORDSREPLY']._serialized_end=823
+  _globals['_CHAINREQUEST']._serialized_start=825
+  _globals['_CHAINREQUEST']._serialized_end=875
+  _globals['_CHAINREPLY']._serialized_start=877
+  _globals['_CHAINREPLY']._serialized_end=930
+  _globals['_GENESISREQUEST']._serialized_start=932
+  _globals['_GENESISREQUEST']._serialized_end=964
+  _globals['_GENESISREPLY']._serialized_start=966
+  _globals['_GENESISREPLY']._serialized_end=997
+  _globals['_SNAPSHOTREQUEST']._serialized_start=999
+  _globals['_SNAPSHOTREQUEST']._serialized_end=1032
+  _globals['_SNAPSHOTREPLY']._serialized_start=1034
+  _globals['_SNAPSHOTREPLY']._serialized_end=1115
+  _globals['_BLOBREQUEST']._serialized_start=1117
+  _globals['_BLOBREQUEST']._serialized_end=1178
+  _globals['_BLOBCHUNK']._serialized_start=1180
+  _globals['_BLOBCHUNK']._serialized_end=1220
+  _globals['_WATCHREQUEST']._serialized_start=1222
+  _globals['_WATCHREQUEST']._serialized_end=1252
+  _globals['_HOLDING']._serialized_start=1254
+  _globals['_HOLDING']._serialized_end=1308
+  _globals['_HOLDINGS']._serialized_start=1310
+  _globals['_HOLDINGS']._serialized_end=1357
+  _globals['_CONTROL']._serialized_start=1360
+  _globals['_CONTROL']._serialized_end=1713
+  _globals['_BULK']._serialized_start=1715
+  _globals['_BULK']._serialized_end=1776
 # @@protoc_insertion_point(module_scope)

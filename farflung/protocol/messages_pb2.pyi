@@ -16,7 +16,7 @@ class Envelope(_message.Message):
     def __init__(self, public_key: _Optional[bytes] = ..., body: _Optional[bytes] = ..., signature: _Optional[bytes] = ...) -> None: ...
 
 class Body(_message.Message):
-    __slots__ = ("run_id", "round", "parent", "announce", "proposal", "vote", "promise", "join", "leave", "status", "certified")
+    __slots__ = ("run_id", "round", "parent", "announce", "proposal", "vote", "promise", "join", "leave", "status", "certified", "mixing")
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
     PARENT_FIELD_NUMBER: _ClassVar[int]
@@ -28,6 +28,7 @@ class Body(_message.Message):
     LEAVE_FIELD_NUMBER: _ClassVar[int]
     STATUS_FIELD_NUMBER: _ClassVar[int]
     CERTIFIED_FIELD_NUMBER: _ClassVar[int]
+    MIXING_FIELD_NUMBER: _ClassVar[int]
     run_id: bytes
     round: int
     parent: bytes
@@ -39,7 +40,8 @@ class Body(_message.Message):
     leave: bytes
     status: Status
     certified: bytes
-    def __init__(self, run_id: _Optional[bytes] = ..., round: _Optional[int] = ..., parent: _Optional[bytes] = ..., announce: _Optional[bytes] = ..., proposal: _Optional[_Union[Proposal, _Mapping]] = ..., vote: _Optional[_Union[Vote, _Mapping]] = ..., promise: _Optional[_Union[Promise, _Mapping]] = ..., join: _Optional[bytes] = ..., leave: _Optional[bytes] = ..., status: _Optional[_Union[Status, _Mapping]] = ..., certified: _Optional[bytes] = ...) -> None: ...
+    mixing: bytes
+    def __init__(self, run_id: _Optional[bytes] = ..., round: _Optional[int] = ..., parent: _Optional[bytes] = ..., announce: _Optional[bytes] = ..., proposal: _Optional[_Union[Proposal, _Mapping]] = ..., vote: _Optional[_Union[Vote, _Mapping]] = ..., promise: _Optional[_Union[Promise, _Mapping]] = ..., join: _Optional[bytes] = ..., leave: _Optional[bytes] = ..., status: _Optional[_Union[Status, _Mapping]] = ..., certified: _Optional[bytes] = ..., mixing: _Optional[bytes] = ...) -> None: ...
 
 class Proposal(_message.Message):
     __slots__ = ("view", "manifest")

@@ -14,6 +14,7 @@ from farflung.protocol.certificate import Certificate, decode_certificate
 from farflung.protocol.errors import LocalError, PeerError
 from farflung.protocol.identity import Identity, PeerId, check_signature
 from farflung.protocol.manifest import Manifest, decode_manifest
+from farflung.protocol.mixing.notes import Note
 from farflung.protocol.statements import Announcement, JoinRequest, LeaveNotice, decode_statement
 
 _TAG = b"farflung envelope\0"
@@ -63,7 +64,7 @@ class Certified:
     certificate: Certificate
 
 
-Statement: TypeAlias = Announcement | Proposal | Vote | Promise | JoinRequest | LeaveNotice | Status | Certified
+Statement: TypeAlias = Announcement | Proposal | Vote | Promise | JoinRequest | LeaveNotice | Status | Certified | Note
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +103,8 @@ def encode_message(identity: Identity, run_id: bytes, round_index: int, parent: 
             body.status.upload_bytes_per_s = upload_bytes_per_s
         case Certified(certificate):
             body.certified = certificate.canonical_bytes
+        case Note():
+            body.mixing = encode_canonical(statement.to_json())
     data = body.SerializeToString()
     envelope = pb.Envelope(public_key=identity.public_key, body=data, signature=identity.sign(_TAG + data))
     encoded = envelope.SerializeToString()
@@ -168,6 +171,8 @@ def _decode_statement(body: pb.Body, who: str) -> Statement:
             )
         case "certified":
             return Certified(decode_certificate(body.certified, peer=who))
+        case "mixing":
+            return Note.from_json(decode_statement(body.mixing, peer=who))
         case kind:
             raise PeerError(who, f"a message of an unknown kind {kind}")
 

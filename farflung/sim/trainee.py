@@ -63,7 +63,7 @@ class Trainee:
         self._seed, self._step_s, self._change, self._over = seed, step_s, change, over
         self._adopted, self._before, self._data = adopted, before, data
         self._shown: tuple[RoundView | None, RoundView | None] = (None, None)
-        self.learner = Learner(node.genesis, node.anchor, model, self._on_adopt, now_s=clock.now_s)
+        self.learner = Learner(node.genesis, node.held, model, self._on_adopt, now_s=clock.now_s)
         self.trainer: Trainer | None = None
         self.train_s = 0.0
         """Spent in steps so far."""

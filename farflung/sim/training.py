@@ -204,7 +204,7 @@ class Training:
         every = max(1, rounds // EVALUATIONS)
         evaluate = getattr(self.task, "evaluate", None)
         if callable(evaluate) and (manifest.trained % every == 0 or manifest.trained == rounds):
-            write_parameters(self._scratch, life.node.anchor.theta_d)
+            write_parameters(self._scratch, life.node.held.theta_d)
             self.validation[index] = float(evaluate(self._scratch))
 
     # -- what came of it ----------------------------------------------------------------------------------------------

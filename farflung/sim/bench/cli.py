@@ -21,6 +21,9 @@ REGRESSED = 1
 PARAMS_MAX = 1e9
 """Of made-up rows: payloads of all members are held at once, 32 GB of them for 16 members and 16 bits."""
 
+WIRE_PARAMS_MAX = 1e12
+"""Of counted bytes: a trillion."""
+
 FILE_WIDTH = 150
 """Of tables that go into a file or a pipe."""
 
@@ -28,7 +31,7 @@ Switch = Parameter(negative="")
 
 app = App(
     name="bench",
-    help="Compare codecs on your line, and rules among liars: error, speed, and what training makes of them.",
+    help="Compare codecs on your line, rules among liars, and ways of exchanging: error, speed, bytes, training.",
 )
 
 
@@ -231,6 +234,85 @@ def rule(
             quiet=json,
         )
     return 0
+
+
+@app.command
+def wire(
+    *,
+    members: Annotated[tuple[int, ...], Parameter(negative="")] = (4, 8, 16, 32, 64, 128, 256),
+    params: float = 1 << 20,
+    codec: str = "int8",
+    gather: Annotated[tuple[str, ...], Parameter(negative="")] = ("ef(1)|q2", "int8"),
+    graph: str = "base(k=1)",
+    ticks: Annotated[tuple[int, ...], Parameter(negative="")] = (0, 2),
+    outer: str = "nesterov(lr=0.7,momentum=0.6)",
+    reference_rounds: int = 20,
+    fragments: int = 1,
+    link: str = "10mbit/100mbit",
+    latency_ms: float = 20.0,
+    round_s: float = 30.0,
+    out: Path | None = None,
+    json: Annotated[bool, Switch] = False,
+    plain: Annotated[bool, Switch] = False,
+) -> int:
+    """Count the bytes of a round as a swarm grows: gather, push-sum and pairs, and where one overtakes another.
+
+    Parameters
+    ----------
+    members
+        Of the swarm; repeat it for several.
+    params
+        Of the model.
+    codec
+        What members that mix send: a text or a preset's name.
+    gather
+        What members that gather send; repeat it for several.
+    graph
+        Who gives to whom in push-sum.
+    ticks
+        Exchanges of a push-sum round, 0 for a whole period; repeat it for several.
+    outer
+        The outer optimiser: what it keeps travels with the reference of members that mix.
+    reference_rounds
+        How often one is published.
+    fragments
+        Into how many parts members that mix cut the model.
+    link
+        Every member's line: 20mbit, or 20mbit/100mbit for up and down.
+    latency_ms
+        From any member to any other, one way.
+    round_s
+        Seconds from round to round, training included: members show that they are alive meanwhile.
+    out
+        Where the report goes [default: farflung-bench/wire].
+    json
+        Print the rows as JSON instead of the table, and write a report only if --out is given.
+    plain
+        Lines of text instead of colours.
+    """
+    from rich.console import Console
+
+    from farflung.sim.bench.on_link import parse_link
+    from farflung.sim.bench.wire_bench import Ask, run_bench, to_json
+    from farflung.sim.bench.wire_report import print_report, write_report
+
+    console = Console(no_color=plain, highlight=False, width=None if sys.stdout.isatty() else FILE_WIDTH)
+    line = (*parse_link(link), latency_ms / 1e3)
+    ask = Ask(members, _whole(params), gather, codec, graph, ticks, outer, reference_rounds, fragments, *line, round_s)
+    result = run_bench(ask)
+    if json:
+        print(json_text.dumps(to_json(result, ask), indent=2))
+    else:
+        print_report(result, ask, console)
+    if out is not None or not json:
+        _report(lambda: write_report(result, ask, out if out is not None else FOLDER / "wire"), quiet=json)
+    return 0
+
+
+def _whole(params: float) -> int:
+    if not (1 <= params <= WIRE_PARAMS_MAX):
+        raise ConfigError(f"--params is from 1 to {WIRE_PARAMS_MAX:.0e}, got {params}")
+    return int(params)
 
 
 def _line(link: str, members: int, params: float, local_s: float, threads: int) -> Line:

@@ -1,0 +1,356 @@
+"""The mixing of one member: carries out what its machine decides, with vectors, messages and the clock.
+
+One task per round works through a queue of notes and arrivals: event in, effects out, carried out in order. What takes
+long is done in threads, one thing at a time; vectors are fetched beside it. When the machine is over, the account is
+written and the outer step taken; the machine stays to answer partners who are not so far until the next round begins.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+from collections import deque
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from farflung.aggregation.pairs import Radius
+from farflung.node.anchor import Trial
+from farflung.node.blobs import BlobExchange
+from farflung.node.mixing_round import MixingRound, begin_round
+from farflung.node.reference import ReferenceAnchor
+from farflung.node.replica import Replica
+from farflung.node.runtime import Clock, Transport
+from farflung.protocol.blob import BlobRef, blob_digest, chunk_digest
+from farflung.protocol.errors import PeerError
+from farflung.protocol.genesis import Genesis
+from farflung.protocol.identity import PeerId
+from farflung.protocol.manifest import Manifest
+from farflung.protocol.mixing.account import Account
+from farflung.protocol.mixing.clockwork import Patience
+from farflung.protocol.mixing.meetings import Meet
+from farflung.protocol.mixing.notes import Fence, Note, Offer, Parcel, Receipt
+from farflung.protocol.mixing.push_sum import Close, Effect, Get, Move, Split, Stage, Tell
+from farflung.protocol.record import PeerRecord
+from farflung.protocol.statements import Slot
+from farflung.protocol.wire import Message
+
+log = logging.getLogger(__name__)
+
+QUEUE_MAX = 4096
+"""Notes waiting for one round's machine: partners have a few each."""
+
+EARLY_MAX = 4096
+"""Notes kept of a round whose certificate is not here yet; later ones are repeated by their senders."""
+
+IDLE_S = 10.0
+"""How long a partner may send nothing of a vector."""
+
+TRIES = 3
+"""To fetch a vector at once; after that its sender's next reminder starts again."""
+
+
+@dataclass
+class Ways:
+    """What a mixer is given by its node."""
+
+    me: PeerId
+    genesis: Genesis
+    anchor: ReferenceAnchor
+    replica: Replica
+    exchange: BlobExchange
+    transport: Transport
+    clock: Clock
+    record_of: Callable[[PeerId], PeerRecord | None]
+    heard: Callable[[PeerId], float | None]
+    tell: Callable[[PeerId, str, Slot, Note], None]
+    spawn: Callable[[Coroutine[Any, Any, None], str], asyncio.Task[None]]
+    in_thread: Callable[..., Awaitable[Any]]
+    over: Callable[[], None]
+    """Called when a round's mixing has ended and the replica stands where training goes on."""
+    note: Callable[[str], None]
+
+
+@dataclass
+class Mixer:
+    """One member's mixing over all rounds."""
+
+    ways: Ways
+    patience: Patience = field(init=False)
+    account: Account = field(init=False)
+    """Of the last mixing; the next announcement carries it."""
+    numbers: dict[str, float] = field(default_factory=dict)
+    """Of the last mixing, for the log and `farflung status`."""
+    busy: bool = False
+    """Whether the replica is about to move: training waits."""
+    _round: MixingRound | None = None
+    _queue: asyncio.Queue[Callable[[float], list[Effect]]] = field(init=False)
+    _task: asyncio.Task[None] | None = None
+    _fetches: dict[asyncio.Task[None], None] = field(default_factory=dict)
+    radii: list[Radius] = field(init=False)
+    """Pairs: how far this member lets itself be moved, by fragment; learnt over rounds."""
+    _lent: list[bytes] = field(default_factory=list)
+    _early: dict[int, deque[Message]] = field(default_factory=dict)
+    _slot: Slot | None = None
+    _vectors: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    def __post_init__(self) -> None:
+        self.patience = Patience.of(self.ways.genesis)
+        self.account = Account(self.ways.me, 0, why="has not mixed yet")
+        self._queue = asyncio.Queue()
+        mixing = self.ways.genesis.mixing
+        self.radii = [Radius(mixing.radius_percent / 100) for _ in range(mixing.fragments)]
+
+    # -- from the node ------------------------------------------------------------------------------------------------
+
+    def begin(self, manifest: Manifest) -> None:
+        """A certificate was applied: mix with whom it lists. Without this member on the list nothing happens.
+
+        `anchor.roll` is this certificate's.
+        """
+        ways, roll = self.ways, self.ways.anchor.roll
+        assert roll is not None
+        self._slot = manifest.slot
+        early = self._early.pop(manifest.round_index, deque())
+        self._early = {index: notes for index, notes in self._early.items() if index > manifest.round_index}
+        self._end_round()
+        if ways.me not in roll.members or not any(roll.mass):
+            ways.replica.stay(manifest.round_index)
+            return
+        self.busy = True
+        self._queue = asyncio.Queue()
+        for message in early:
+            self.hear(message)
+        self._task = ways.spawn(self._run(manifest), f"mix {manifest.round_index}")
+
+    def after(self, manifest: Manifest, trial: Trial) -> Trial:
+        """A certificate was applied: require that all mass was there, then mix; the trial with this mixer's numbers.
+
+        Raises LocalError if this member's books do not fit others'.
+        """
+        audited = self.ways.anchor.audited
+        if audited is not None:
+            for item in audited.discrepancies:
+                self.ways.note(f"mass is not conserved: {item}")
+            audited.require(self.ways.me)
+        mine = {f"mix_{name}": value for name, value in self.numbers.items()}
+        self.begin(manifest)
+        return trial._replace(numbers=trial.numbers | mine)
+
+    def sit_out(self, manifest: Manifest) -> None:
+        """This process came up after the certificate: φ is gone, so whoever waits for this member is told not to."""
+        self._slot = manifest.slot
+        self.account = Account(self.ways.me, 0, why="started after the round's certificate")
+
+    def hear(self, message: Message) -> None:
+        """A partner's note; what is of a round to come is kept."""
+        note, slot = message.statement, self._slot
+        assert isinstance(note, Note)
+        current = slot.round_index if slot is not None else -1
+        if message.round_index > current:
+            self._early.setdefault(message.round_index, deque(maxlen=EARLY_MAX)).append(message)
+            if len(self._early) > 2:
+                del self._early[max(self._early)]
+            return
+        if slot is None or (message.round_index, message.parent) != (slot.round_index, slot.parent):
+            return  # of a round that is over here and there
+        if self._task is not None or (self.busy and self._round is None):
+            if self._queue.qsize() < QUEUE_MAX:  # senders repeat themselves
+                self._queue.put_nowait(lambda now_s: self._machine_hears(message.sender, note, now_s))
+        elif self._round is not None:
+            self._answer(message.sender, note)
+        else:
+            self._decline(message.sender, note, slot)
+
+    async def stop(self) -> None:
+        """End what runs; the replica stays as it is."""
+        tasks = [task for task in (self._task, *self._fetches) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._task, self.busy = None, False
+        self._end_round()
+
+    def status(self) -> dict[str, Any]:
+        """For `farflung status`: where the mixing is and for whom it waits."""
+        current = self._round
+        audited = self.ways.anchor.audited
+        mass = (
+            {}
+            if audited is None
+            else {
+                "round": audited.round_index,
+                "members": audited.members,
+                "error": audited.error,
+                "limbo": audited.limbo,
+                "unseen": [peer.short for peer in audited.unseen],
+                "discrepancies": [item.why for item in audited.discrepancies],
+            }
+        )
+        live = (
+            {}
+            if current is None
+            else {
+                "stage": str(current.machine.stage),
+                "tick": current.machine.clock.tick + 1,
+                "ticks": len(current.machine.plan),
+                "waits_for": [peer.short for peer in current.machine.waits_for()],
+            }
+        )
+        return {"mass": mass, "last": self.numbers, "trained": self.ways.replica.trained, **live}
+
+    # -- one round ----------------------------------------------------------------------------------------------------
+
+    async def _run(self, manifest: Manifest) -> None:
+        ways, began_s = self.ways, self.ways.clock.now_s()
+        current = self._round = await self._think(lambda: begin_round(self, manifest, began_s))
+        machine = current.machine
+        await self._carry_out(machine.begin(ways.clock.now_s()))
+        while machine.stage is not Stage.OVER:
+            wait_s = machine.wake_s - ways.clock.now_s()
+            try:
+                async with asyncio.timeout(None if wait_s == math.inf else max(0.0, wait_s)):
+                    step = await self._queue.get()
+            except TimeoutError:
+                step = machine.tick
+            try:
+                await self._carry_out(step(ways.clock.now_s()))
+            except PeerError as error:
+                ways.note(f"mixing: {error}")
+        trained = manifest.trained
+        self.numbers = await self._think(lambda: current.finish(trained))
+        self.radii = current.radii(self.radii)
+        self.numbers |= {"seconds": ways.clock.now_s() - began_s, "given_up": float(machine.clock.given_up)}
+        self._task, self.busy = None, False
+        while not self._queue.empty():  # what came in meanwhile is answered as late
+            await self._carry_out(self._queue.get_nowait()(ways.clock.now_s()))
+        ways.over()
+
+    async def _carry_out(self, effects: list[Any]) -> None:
+        current = self._round
+        assert current is not None
+        for effect in effects:
+            match effect:
+                case Split(tick):
+                    shares = await self._think(partial(current.split, tick))
+                    for share in shares.values():
+                        if share is not None:
+                            self._lend(share[1])
+                    posted = {key: None if share is None else current.posted(share) for key, share in shares.items()}
+                    await self._carry_out(current.machine.post(tick, posted, self.ways.clock.now_s()))
+                case Tell(peer, note):
+                    self._tell(peer, note)
+                case Get(peer, note):
+                    task = self.ways.spawn(self._get(current, peer, note), f"vector from {peer.short}")
+                    self._fetches[task] = None
+                    task.add_done_callback(lambda done: self._fetches.pop(done, None))
+                case Move():
+                    await self._think(partial(current.move, effect))
+                case Meet(peer, note):
+                    try:
+                        await self._think(partial(current.meet, peer, note))
+                    except PeerError as error:
+                        self.ways.note(f"mixing: {error}")
+                case Close():
+                    self.account = await self._think(current.account)
+                    await self._carry_out(current.machine.closed(self.ways.clock.now_s()))
+
+    async def _think(self, work: Callable[[], Any]) -> Any:
+        """In a thread, one thing at a time: vectors are not for two."""
+        async with self._vectors:
+            return await self.ways.in_thread(work)
+
+    # -- vectors ------------------------------------------------------------------------------------------------------
+
+    def _lend(self, blob: Any) -> None:
+        self.ways.exchange.offer(blob, tell=False)
+        self._lent.append(blob.ref.digest)
+
+    async def _get(self, current: MixingRound, peer: PeerId, note: Note) -> None:
+        """Fetch one vector and say what came of it."""
+        try:
+            payload = await self._fetch(current, peer, note)
+            await self._think(lambda: current.read(peer, note, payload))
+        except (PeerError, TimeoutError, ConnectionError) as error:
+            log.debug("no vector from %s: %s", peer.short, error)
+            if isinstance(error, PeerError):
+                self.ways.note(f"mixing: {error}")
+            step = current.machine.missed
+        else:
+            step = current.machine.arrived
+        if current is self._round:
+            if self._task is not None:
+                self._queue.put_nowait(lambda now_s: step(peer, note, now_s))
+            else:
+                await self._carry_out(step(peer, note, self.ways.clock.now_s()))
+
+    async def _fetch(self, current: MixingRound, peer: PeerId, note: Note) -> bytes:
+        ref, record = note.payload, self.ways.record_of(peer)
+        assert ref is not None
+        if ref.size > current.codec.bytes_max(note.fragment):
+            raise PeerError(peer.short, f"offers a vector of {ref.size} bytes")
+        if record is None:
+            raise ConnectionError("its address is not known")
+        for attempt in range(TRIES):
+            try:
+                return await self._chunks(record, ref)
+            except (TimeoutError, ConnectionError):
+                if attempt == TRIES - 1:
+                    raise
+        raise AssertionError("unreachable")
+
+    async def _chunks(self, record: PeerRecord, ref: BlobRef) -> bytes:
+        pieces, digests = [], []
+        stream = self.ways.transport.fetch(record, ref, tuple(range(ref.chunks)), idle_s=IDLE_S)
+        async for _, data in stream:
+            pieces.append(data)
+            digests.append(chunk_digest(data))
+        if blob_digest(ref.size, ref.chunk_bytes, digests) != ref.digest:
+            raise PeerError(record.peer_id.short, f"other bytes than those of vector {ref.short}")
+        return b"".join(pieces)
+
+    # -- notes --------------------------------------------------------------------------------------------------------
+
+    def _machine_hears(self, peer: PeerId, note: Note, now_s: float) -> list[Effect]:
+        assert self._round is not None
+        effects: list[Effect] = self._round.machine.hear(peer, note, now_s)
+        return effects
+
+    def _answer(self, peer: PeerId, note: Note) -> None:
+        """The round is over here: say what became of a parcel, or what was offered."""
+        assert self._round is not None
+        try:
+            effects = self._round.machine.hear(peer, note, self.ways.clock.now_s())
+        except PeerError as error:
+            log.debug("late note: %s", error)
+            return
+        for effect in effects:
+            if isinstance(effect, Tell):
+                self._tell(effect.peer, effect.note)
+
+    def _decline(self, peer: PeerId, note: Note, slot: Slot) -> None:
+        """This member takes no part in the round: nobody needs to wait for it."""
+        content = note.content
+        if isinstance(content, Parcel | Fence):
+            # What this process counted before it died is gone with it: whatever has no receipt may go home.
+            end = content.seq + 1 if isinstance(content, Parcel) else content.epoch
+            void = Receipt(content.generation, content.epoch, end, (), tuple(range(content.oldest, end)))
+            self.ways.tell(peer, f"void {note.fragment} {end}", slot, Note(note.fragment, note.tick, void))
+        if isinstance(content, Parcel | Offer):
+            self.ways.tell(peer, f"none {note.fragment}", slot, Note(note.fragment, note.tick, None))
+
+    def _tell(self, peer: PeerId, note: Note) -> None:
+        slot, content = self._slot, note.content
+        assert slot is not None
+        kind = f"{type(content).__name__} {note.fragment} {note.tick} {getattr(content, 'seq', 0)}"
+        self.ways.tell(peer, kind, slot, note)
+
+    def _end_round(self) -> None:
+        for task in self._fetches:
+            task.cancel()
+        for digest in self._lent:
+            self.ways.exchange.forget(digest)
+        self._lent.clear()
+        self._round = None

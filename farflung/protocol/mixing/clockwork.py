@@ -1,0 +1,118 @@
+"""A round's ticks: to whom a member speaks, whom it waits for, and how long.
+
+A tick ends when everybody awaited has brought what it has, at the tick's deadline, which is learnt from how long ticks
+took, or when those who are still awaited have not been heard of for a while. What comes later still counts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from farflung.protocol.deadline import AdaptiveDeadline
+from farflung.protocol.genesis import Genesis
+from farflung.protocol.identity import PeerId
+
+Heard = Callable[[PeerId], float | None]
+"""Peer -> when it was heard last, by whatever message; None: not yet."""
+
+
+class TickPlan(NamedTuple):
+    """One tick as one member sees it; peers in the members' order."""
+
+    sends: tuple[PeerId, ...]
+    awaits: tuple[PeerId, ...]
+
+
+@dataclass(slots=True)
+class Patience:
+    """How long this member waits; one per node, kept over rounds."""
+
+    tick: AdaptiveDeadline
+    """From sending a tick's shares until everybody awaited has brought theirs."""
+    silence_s: float
+    settle_s: float
+    resend_s: float
+
+    @staticmethod
+    def of(genesis: Genesis) -> Patience:
+        """Without history a tick may take as long as a round may."""
+        timing, mixing = genesis.timing, genesis.mixing
+        tick = AdaptiveDeadline(timing.view_floor_ms / 1e3, timing.deadline_ceiling_ms / 1e3, timing.deadline_mads)
+        return Patience(tick, mixing.silence_ms / 1e3, mixing.settle_ms / 1e3, timing.resend_ms / 1e3)
+
+
+@dataclass(slots=True)
+class Clockwork:
+    """Which tick it is and for whom it waits. `fragments`: how many parts each awaited peer brings."""
+
+    plan: tuple[TickPlan, ...]
+    fragments: int
+    patience: Patience
+    tick: int = -1
+    """The tick that was begun last; -1: none yet."""
+    began_s: float = -math.inf
+    brought: set[tuple[int, PeerId, int]] = field(default_factory=set)
+    """(tick, peer, fragment) that need not be waited for any more."""
+    given_up: int = 0
+    """How often a peer was waited for in vain."""
+
+    def begin(self, tick: int, now_s: float) -> None:
+        """The tick's shares have been sent."""
+        self.tick, self.began_s = tick, now_s
+
+    def waits_for(self) -> tuple[PeerId, ...]:
+        """Who has not brought everything of the present tick yet."""
+        if self.tick < 0:
+            return ()
+        parts = range(self.fragments)
+        awaits = self.plan[self.tick].awaits
+        return tuple(peer for peer in awaits if any((self.tick, peer, part) not in self.brought for part in parts))
+
+    def is_over(self, now_s: float, heard: Heard, since_s: float) -> bool:
+        """Whether the tick need not be waited for any longer. `since_s`: when the round began: nobody is silent yet."""
+        missing = self.waits_for()
+        if not missing:
+            if self.plan[self.tick].awaits:  # a tick without partners says nothing of how long others take
+                self.patience.tick.observe(now_s - self.began_s)
+            return True
+        late = now_s >= self.began_s + self.patience.tick.value_s
+        if late:
+            self.patience.tick.observe(now_s - self.began_s)
+        if late or all(self.is_silent(peer, now_s, heard, since_s) for peer in missing):
+            self.given_up += len(missing)
+            return True
+        return False
+
+    def is_silent(self, peer: PeerId, now_s: float, heard: Heard, since_s: float) -> bool:
+        """Whether a peer was not heard for `silence_s`."""
+        return now_s >= _last_s(peer, heard, since_s) + self.patience.silence_s
+
+    def wake_s(self, heard: Heard, since_s: float) -> float:
+        """When `is_over` may change its mind without any news."""
+        missing = self.waits_for()
+        if not missing:
+            return -math.inf
+        silent_s = max(_last_s(peer, heard, since_s) for peer in missing) + self.patience.silence_s
+        return min(self.began_s + self.patience.tick.value_s, silent_s)
+
+
+def _last_s(peer: PeerId, heard: Heard, since_s: float) -> float:
+    heard_s = heard(peer)
+    return since_s if heard_s is None else max(since_s, heard_s)
+
+
+def plans_of(
+    me: PeerId, members: tuple[PeerId, ...], receivers: Iterable[Iterable[Iterable[int]]]
+) -> tuple[TickPlan, ...]:
+    """One member's ticks. `receivers`: tick -> sender -> positions it gives to, all in the members' order."""
+    at = members.index(me)
+    plans = []
+    for tick in receivers:
+        given = [tuple(positions) for positions in tick]
+        sends = tuple(members[position] for position in given[at])
+        awaits = tuple(members[sender] for sender, positions in enumerate(given) if at in positions)
+        plans.append(TickPlan(sends, awaits))
+    return tuple(plans)
