@@ -33,7 +33,7 @@ LONG_FILES = {"farflung/protocol/round.py", "farflung/node/shell.py"}
 
 LONG_FUNCTIONS = {
     "farflung/cli.py:join",
-    "farflung/cli.py:demo",
+    "farflung/node/demo_cli.py:demo",
     "farflung/sim/bench/cli.py:codec",
     "farflung/sim/bench/cli.py:rule",
 }

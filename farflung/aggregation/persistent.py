@@ -24,11 +24,11 @@ What a step does to z is Δ / w: where a weight gets small, models are thrown ab
   irregular one a weight fell to .26 and the loss rose from .75 to 1.03.
 * **A ledger**: lost without one, weights went to zero and the loss rose to 11.4; with it, .751 (`persistent_member`).
 * **A floor**: below it a member only receives. Loss and lateness alone bring weights down: on 16 members of a one-peer
-  exponential graph, over 3,000 ticks, 20 % loss left one weight in a hundred below .18 and one at .011; with a floor of
-  .1 no weight was below .05, and one share in 450 was kept back.
+  exponential graph, over 3,000 ticks, 20 % loss left one weight in a hundred below .18 and the least at .03. With a
+  floor of .1 none was below .05, and one share in 500 was kept back.
 
-Ticks are paced by the clock, alike for all: who trains slowly brings fewer updates, not fewer ticks. If each member
-ticked when it has trained, weights would follow 1 / speed: at a spread of 4, again without a floor, down to 1e-5.
+Ticks are paced by the clock, alike for all: who trains slowly brings fewer updates, not fewer ticks. If members ticked
+when they have trained, weights would follow 1 / speed: at a spread of 4, without a floor, they went down to 4e-5.
 
 Members need not start alike, and x may as well hold offsets from a reference that all share. Fragments that are mixed
 on their own are values of their own.
@@ -118,7 +118,9 @@ class PersistentSum:
         return self.mass.ratio()
 
     def update(self, delta_d: Tensor) -> bool:
-        """Take the outer step for Δ = z − φ. False, and nothing changes, below the floor: train on from z later.
+        """Take the outer step for Δ = z − φ. False, and nothing changes, below the floor.
+
+        The caller may then train on from φ and offer all of z − φ later, or adopt z and let it go.
 
         Two passes; nothing is allocated. Raises LocalError, and changes nothing, unless Δ is finite and of x's kind:
         what is added to persistent mass stays in it for ever.

@@ -18,6 +18,7 @@ from farflung.node.flat import write_parameters
 from farflung.node.founding import Founded
 from farflung.node.plot import Curves, plot_losses
 from farflung.node.progress import read_progress
+from farflung.node.replica import THETA
 from farflung.node.store import open_home, read_status
 from farflung.node.tasks import Task, load_described
 
@@ -89,6 +90,11 @@ def compare_logs(logs: Sequence[Sequence[Mapping[str, Any]]], rounds: int) -> Ch
     return Chain(states, tokens, trained, sum(steps_of.values()), complete)
 
 
+def mass_error_max(logs: Sequence[Sequence[Mapping[str, Any]]]) -> float:
+    """The largest error that any member's audit of any round's mixing found: relative, of weights and numerators."""
+    return max((float(entry.get("mass_error", 0.0)) for log in logs for entry in log), default=0.0)
+
+
 def member_result(child: Child, log: Sequence[Mapping[str, Any]]) -> MemberResult:
     """From what it left on disk. Bytes of a process that was killed are those of its finished rounds."""
     status, train = read_status(child.run_directory) or {}, read_progress(child.run_directory) or {}
@@ -131,7 +137,8 @@ def report(
     ratio = ring / max(1.0, sum(result.bytes_up for result in results) / len(results))
     genesis = founded.genesis
     task = load_described({"name": genesis.task, "options": genesis.task_options}, builtin_only=True)
-    text = _sample(task, folder / "member-0", genesis.run_id)
+    mixes = genesis.mode != "gather"
+    text = _sample(task, folder / "member-0", genesis.run_id, mixes=mixes)
     alone = _train_alone(settings, task, steps, console) if settings.baseline else None
     value = {
         "members": settings.members,
@@ -141,6 +148,7 @@ def report(
         "bytes_ratio_vs_ddp_fp32": ratio,
         "wall_s": wall_s,
         "mode": genesis.mode,
+        "mass_error_max": mass_error_max(logs) if mixes else None,
         "inner_steps": settings.inner_steps,
         "parameters": genesis.schema.numel,
         "baseline_validation_loss": alone.validation_loss if alone else None,
@@ -148,7 +156,9 @@ def report(
         "per_member": [asdict(result) for result in results],
     }
     plot = folder / "loss.png"
-    plot_losses(plot, _curves(children, chain, alone), title=f"{settings.members} members, {settings.codec}")
+    plot_losses(
+        plot, _curves(children, chain, alone), title=f"{settings.members} members, {genesis.mode}, {genesis.codec}"
+    )
     console.print(_table(results, ring))
     for line in _conclusions(value, chain, ring, alone):
         console.print(line, markup=False)
@@ -164,14 +174,16 @@ def _train_alone(settings: DemoSettings, task: Task, steps: int, console: Consol
     return train_alone(task, members=settings.members, steps=steps)
 
 
-def _sample(task: Task, home: Path, run_id: bytes) -> str:
-    """Text from the certified state on the founder's disk."""
+def _sample(task: Task, home: Path, run_id: bytes, *, mixes: bool) -> str:
+    """Text from the certified state on the founder's disk; where members mix, from the founder's own parameters."""
     with open_home(home).run(run_id) as store:
-        snapshot = store.latest_snapshot()
-        if snapshot is None:
+        snapshot, own = store.latest_snapshot(), store.read_local()[0]
+        if (own if mixes else snapshot) is None:
             return ""
         model = task.build_model()
-        write_parameters(model, torch.from_numpy(snapshot.load()[0]))
+        theta_d = own.tensors[THETA] if mixes and own else torch.from_numpy(snapshot.load()[0]) if snapshot else None
+        assert theta_d is not None
+        write_parameters(model, theta_d)
     sample = getattr(task, "sample", None)
     return str(sample(model, PROMPT, length=SAMPLE_BYTES)) if callable(sample) else ""
 
@@ -222,6 +234,9 @@ def _conclusions(value: Mapping[str, Any], chain: Chain, ring: float, alone: Alo
         f"traffic: {value['bytes_ratio_vs_ddp_fp32']:.0f} times less than data-parallel fp32, "
         f"which sends {human_bytes(ring)} per member",
     ]
+    if value["mass_error_max"] is not None:
+        lines[1] = f"state digests of the reference: {same}; members' own parameters differ by rounding or more"
+        lines.append(f"mass: the largest error that an audit found is {value['mass_error_max']:.1e}")
     if alone is not None and value["validation_loss"]:
         ratio = value["validation_loss"] / alone.validation_loss
         lines.append(

@@ -166,7 +166,19 @@ def status_lines(row: Row) -> list[str]:
         f"refused {status.get('refusals', 0)} messages",
     ]
     lines += verdict_lines(status.get("last_round", {}))
+    lines += mass_lines(status.get("mixing", {}))
     return [*lines, f"  unreachable: {unreachable}"] if unreachable else lines
+
+
+def mass_lines(mixing: Facts) -> list[str]:
+    """Where members mix: whether all mass was there after the last mixing whose accounts are certified."""
+    mass = mixing.get("mass", {})
+    if not mass.get("members"):
+        return []
+    unseen = f", without the accounts of {', '.join(mass['unseen'])}" if mass.get("unseen") else ""
+    limbo = f", {mass['limbo']:.1%} in limbo" if mass.get("limbo") else ""
+    line = f"  mass, round {mass['round']}: {mass['members']} accounts, error {mass['error']:.1e}{limbo}{unseen}"
+    return [line, *(f"  NOT CONSERVED: {why}" for why in mass.get("discrepancies", []))]
 
 
 def verdict_lines(entry: Facts) -> list[str]:

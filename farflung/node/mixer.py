@@ -173,6 +173,17 @@ class Mixer:
         self._task, self.busy = None, False
         self._end_round()
 
+    @property
+    def why(self) -> str:
+        """What the mixing waits for, and for whom; nothing while there is none."""
+        current = self._round
+        if not self.busy or current is None:
+            return "about to mix" if self.busy else ""
+        machine = current.machine
+        names = ", ".join(peer.short for peer in machine.waits_for())
+        where = f"tick {machine.clock.tick + 1} of {len(machine.plan)}"
+        return f"mixing, {machine.stage}, {where}" + (f": waits for {names}" if names else "")
+
     def status(self) -> dict[str, Any]:
         """For `farflung status`: where the mixing is and for whom it waits."""
         current = self._round

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -74,7 +75,8 @@ class MixingCodec:
         self.codec.check(payload, schema, shared, round_index)
         row = self.codec.open(payload, schema, shared, round_index)(0, schema.numel)
         if isinstance(row, DenseRow):
-            return row.value_d.clone()
+            whole_d: Tensor = row.value_d.clone()
+            return whole_d
         return torch.zeros(schema.numel).index_put_((row.index_k.long(),), row.value_k)
 
     def flow(self, part: int, gamma: float, round_index: int) -> Flow:
@@ -88,7 +90,9 @@ class MixingCodec:
         )
 
 
-def flow_of(codec: Codec, schema: Schema, gamma: float, encode, decode) -> Flow:  # type: ignore[no-untyped-def]
+def flow_of(
+    codec: Codec, schema: Schema, gamma: float, encode: Callable[[Tensor], bytes], decode: Callable[[bytes], Tensor]
+) -> Flow:
     """The flow rule of a codec: what it keeps and how finely is measured on a small ramp."""
     kept = kept_share(codec)
     bits = codec.bits(schema) / kept

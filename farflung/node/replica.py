@@ -16,7 +16,8 @@ from torch import Tensor
 from farflung.aggregation.outer import OuterOptimizer, State
 from farflung.protocol.errors import LocalError
 
-_THETA = "theta"
+THETA = "theta"
+"""The name of the parameters among what is saved."""
 
 
 class Replica:
@@ -74,7 +75,7 @@ class Replica:
 
     def tensors(self) -> dict[str, Tensor]:
         """What to save, together with `meta`; views, to be read under the lock."""
-        return {_THETA: self.theta_d, **dict(zip(self.outer.state_names, self.state, strict=True))}
+        return {THETA: self.theta_d, **dict(zip(self.outer.state_names, self.state, strict=True))}
 
     def meta(self) -> dict[str, Any]:
         """See `tensors`."""

@@ -42,7 +42,7 @@ def describe(node: Node) -> dict[str, Any]:
             "phase": str(machine.phase),
             "round": machine.round_index,
             "trained": machine.parent.trained,
-            "why": why_waiting(machine, node.clock.now_s()),
+            "why": (node.mixer.why if node.mixer is not None else "") or why_waiting(machine, node.clock.now_s()),
             "members": [peer.short for peer in machine.parent.member_of],
             "state": machine.tip.state_digest.hex(),
         }

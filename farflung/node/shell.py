@@ -214,7 +214,9 @@ class Node:
     def _hear_note(self, message: Message) -> None:
         """What partners say while they mix is about their mixing's round, not about the machine's."""
         machine, mixer = self.machine, self.mixer
-        if machine is None or mixer is None or message.sender not in machine.parent.member_of:
+        roll = self.anchor.roll if isinstance(self.anchor, ReferenceAnchor) else None
+        mixing = () if roll is None else roll.members  # who leaves with a certificate still mixes after it
+        if machine is None or mixer is None or message.sender not in {*machine.parent.member_of, *mixing}:
             raise PeerError(message.sender.short, "tells this member of a mixing it takes no part in")
         machine.heard_s[message.sender] = self.clock.now_s()
         mixer.hear(message)

@@ -91,7 +91,7 @@ class Genesis:
     """What a member's claims count for: "uniform", "steps(cap=500)" or "tokens(cap=100000)"; caps bound liars."""
 
     mode: str = "gather"
-    """How updates meet: "gather" (everybody gets every payload), "push-sum" or "pairs" (members mix in small groups)."""
+    """How updates meet: "gather" (everybody gets every payload), "push-sum" or "pairs" (members mix with a few)."""
 
     mixing: Mixing = field(default_factory=Mixing)
     """How members mix; with "gather" it is not part of the run and must be left alone."""

@@ -154,12 +154,12 @@ def _equivocate(life: Life, node: Node, attack: Attack) -> None:
     """Every second peer hears of another payload, and half a grace window after the others."""
     put, made = node.outbox.put, dict[int, bytes]()
 
-    def lie(peer: PeerId, kind: str, envelope: bytes) -> None:
+    def lie(peer: PeerId, kind: str, envelope: bytes, *, current: bool = True) -> None:
         machine = node.machine
         members = sorted(machine.parent.member_of) if machine is not None else []
         odd = peer in members and members.index(peer) % 2 == 1
         if kind != "Announcement" or not odd or machine is None or not _begun(life, attack):
-            put(peer, kind, envelope)
+            put(peer, kind, envelope, current=current)
             return
         if machine.round_index not in made:
             made.clear()

@@ -21,6 +21,7 @@ ALIASES = {
     "outer": "run.outer",
     "weights": "run.weights",
     "exchange": "run.exchange",
+    "mode": "run.mode",
     "inner_steps": "run.inner_steps",
     "H": "run.inner_steps",
     "grace": "run.grace_s",

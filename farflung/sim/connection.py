@@ -202,7 +202,8 @@ class Call:
             self._room.clear()
             await self._room.wait()
         self._ahead += 1
-        size = connection.channels.charged_message(self._name, data, connection.target, connection.source) + 14
+        ends = connection.target, connection.source
+        size = connection.channels.charged_message(self._name, data, *ends, self._request) + 14
         connection.fabric.put(connection.back, Parcel(size, self._name, lambda: self._take(data), self._sent))
 
     def _sent(self) -> None:

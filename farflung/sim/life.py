@@ -79,6 +79,8 @@ class SimAudit(Audit):
     def spoke(self, result: LocalResult, ref: BlobRef | None) -> None:
         """See `Audit`."""
         super().spoke(result, ref)
+        if ref is not None and self.life.node is not None and self.life.node.mixer is not None:
+            self.life.world.channels.charge_plainly(ref.digest)  # an account, whatever the model
         times = self.life.times(result.round_index)
         times.spoke_s, times.loss = self.clock.now_s(), result.loss
 
@@ -340,7 +342,7 @@ class Life:
         await peers.start()
         stack.push_async_callback(peers.stop)
         anchor = make_anchor(world.genesis, model)
-        anchor.codec, anchor.rule = workers.codec(anchor.codec), workers.rule(anchor.rule)
+        workers.charge_for(anchor)
         if self.encode is not None:
             anchor.codec = anchor.codec._replace(encode=_other_payload(anchor.codec.encode, self.encode))
         audit = SimAudit(home.identity.peer_id, self.clock, transport, store.rounds.append)

@@ -100,6 +100,7 @@ class Channels:
         self.fabric, self.loop, self._scale = fabric, fabric.loop, scale
         self.machines = [Machine(index) for index in range(len(fabric.topology.nodes))]
         self._message_loss, self._rng = message_loss, rng
+        self._unscaled: dict[bytes, None] = {}
         self._calls = 0
         self.by_address: dict[str, int] = {}
 
@@ -107,9 +108,16 @@ class Channels:
         """How large so many bytes of a payload or a state count: they stand for those of a bigger model."""
         return size if self._scale == 1.0 else math.ceil(size * self._scale)
 
-    def charged_message(self, name: str, data: bytes, source: int, target: int) -> int:
-        """The same for a message: only a chunk's own bytes grow, not its frame, nor a list of digests."""
+    def charge_plainly(self, digest: bytes) -> None:
+        """This blob is as large for a big model as for a small one."""
+        if self._scale != 1.0:
+            self._unscaled[digest] = None
+
+    def charged_message(self, name: str, data: bytes, source: int, target: int, request: bytes = b"") -> int:
+        """The same for an answer: only a chunk's own bytes grow, not its frame, nor a list of digests."""
         if name != "Fetch" or self._scale == 1.0:
+            return len(data)
+        if self._unscaled and pb.BlobRequest.FromString(request).digest in self._unscaled:
             return len(data)
         chunk = pb.BlobChunk.FromString(data)
         more = 0 if chunk.index == DIGEST_LIST else self.charged(len(chunk.data)) - len(chunk.data)

@@ -29,10 +29,17 @@ class Losses:
 
 
 class Measure:
-    """Reads a world that has run. `apply_s(rows)` is what a node charges for applying a round."""
+    """Reads a world that has run. `apply_s(rows)` is what a node charges for applying a round. `parcel_bytes`: where
+    members mix, what their whole vectors are as payloads; the certified ones are only accounts."""
 
-    def __init__(self, world: World, validation: dict[int, float], apply_s: Callable[[int], float]) -> None:
-        self._world, self._validation, self._apply_s = world, validation, apply_s
+    def __init__(
+        self,
+        world: World,
+        validation: dict[int, float],
+        apply_s: Callable[[int], float],
+        parcel_bytes: int | None = None,
+    ) -> None:
+        self._world, self._validation, self._apply_s, self._parcel_bytes = world, validation, apply_s, parcel_bytes
         self._life_of: dict[PeerId, Life] = {life.peer_id: life for life in world.lives}
 
     def rounds(self) -> tuple[RoundResult, ...]:
@@ -57,12 +64,17 @@ class Measure:
             end_s=end_s,
             members=len(parent.manifest.member_of) if parent is not None else len(manifest.member_of),
             payloads=len(sizes),
-            payload_bytes=self._world.channels.charged(sum(sizes) // len(sizes)),
+            payload_bytes=self._size(sizes),
             views=certificate.view,
             loss=losses.training,
             validation=losses.validation,
             blame=self._blame(certificate, start_s, end_s, index),
         )
+
+    def _size(self, sizes: Sequence[int]) -> int:
+        if self._parcel_bytes is not None:
+            return self._parcel_bytes
+        return self._world.channels.charged(sum(sizes) // len(sizes))
 
     def losses(self, certificate: Certificate) -> Losses:
         """Of one round; a member's loss that is not finite is left out."""
@@ -102,8 +114,13 @@ class Measure:
         speaker = max(sorted(spoke), key=lambda peer: spoke[peer])
         reader, arrived = self._reader(certificate)
         last = max(sorted(arrived), key=lambda peer: arrived[peer]) if arrived else speaker
-        line, owner = self._bottleneck(last, reader, len(counted), index)
+        mixes = self._parcel_bytes is not None
+        # Where members mix the certificate lists accounts: small enough that only the way there takes time.
+        line, owner = ("latency", -1) if mixes else self._bottleneck(last, reader, len(counted), index)
+        adopted = [time.adopted_s for time in times.values() if time.adopted_s is not None]
+        mixed_s = median(adopted) if adopted and mixes else start_s
         marks: list[tuple[float, str, int]] = [
+            (mixed_s, "mixing", -1),
             (median(trained.values()), "compute", -1),
             (trained[slowest], "straggler", self._life_of[slowest].index),
             (spoke[speaker], "codec", self._life_of[speaker].index),
@@ -209,7 +226,7 @@ class Measure:
             times = self._of(life, index)
             arrived_s = max(times.arrived_s.values(), default=None)
             marks = [
-                (times.adopted_s, "wait"),
+                (times.adopted_s, "wait" if self._parcel_bytes is None else "exchange"),
                 (times.trained_s, "train"),
                 (times.spoke_s, "encode"),
                 (arrived_s, "exchange"),

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-CAUSES = ("compute", "straggler", "upload", "download", "latency", "codec", "disk", "deadline", "protocol")
+CAUSES = ("compute", "straggler", "mixing", "upload", "download", "latency", "codec", "disk", "deadline", "protocol")
 """Whose fault a second of a round's critical path is: training at the median member's pace; waiting for a slower one;
-bulk bytes at a sender's or a receiver's line; propagation; encode, decode and aggregate; the disk; waiting for somebody
-who never spoke, until the deadline; everything else (votes, views, catching up)."""
+mixing, where members do (from a certificate until the median member trains on); bulk bytes at a sender's or a
+receiver's line; propagation; encode, decode and aggregate; the disk; waiting for somebody who never spoke, until the
+deadline; everything else (votes, views, catching up)."""
 
 SEGMENTS = ("train", "wait", "encode", "exchange", "aggregate", "offline")
 """What a member is seen doing in a Gantt chart; a segment's time belongs to exactly one."""
@@ -46,7 +47,7 @@ class RoundResult:
     """Updates that were aggregated."""
 
     payload_bytes: int
-    """Of one member's update (mean)."""
+    """Of one member's update (mean); where members mix, of one whole vector as it travels in a tick."""
 
     views: int = 0
     """View changes that it took."""
@@ -55,7 +56,7 @@ class RoundResult:
     """Mean training loss of the members that reported; None in timing-only fidelity."""
 
     validation: float | None = None
-    """Of the anchor after the round, where it was measured."""
+    """After the round, where it was measured: of the anchor, or the mean over members who mix and differ."""
 
     loss_estimate: float | None = None
     """Timing only: from published scaling laws. An estimate, never a measurement."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from farflung.sim import scenario_checks as checks
 from farflung.sim.draw import Draw
+from farflung.sim.mixing_checks import check_mixing, check_mode
 
 FIDELITIES = ("timing", "training")
 EXCHANGES = ("gather", "star", "ring", "butterfly")
@@ -38,6 +39,14 @@ class Run:
     weights: str = "uniform"
     """Training only: what members count for."""
 
+    mode: str = "gather"
+    """Training only: how updates meet: "gather", "push-sum" or "pairs". The last two take a codec without state, such
+    as fp32, int8 or int4."""
+
+    mixing: dict[str, object] = field(default_factory=dict)
+    """Training only: how members mix in push-sum and pairs mode, as in a run file's [mixing]; what is left out follows
+    the mode."""
+
     inner_steps: int = 100
     """H: local steps of a round."""
 
@@ -61,6 +70,7 @@ class Run:
 
     def __post_init__(self) -> None:
         checks.check_run(self)
+        check_mode(self)
 
 
 @dataclass(frozen=True)
@@ -331,6 +341,7 @@ class Scenario:
 
     def __post_init__(self) -> None:
         checks.check_scenario(self)
+        check_mixing(self)
 
     @property
     def size(self) -> int:

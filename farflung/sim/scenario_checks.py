@@ -23,6 +23,7 @@ UNUSED: Mapping[str, Mapping[str, str]] = {
         "model.task": "nothing is trained",
         "model.options": "nothing is trained",
         "run.weights": "nothing is averaged",
+        "run.mode": "how members mix is not modelled",
         "members.clock_skew_s": "nobody reads a clock",
         "network.message_loss": "control messages are not simulated one by one",
     },

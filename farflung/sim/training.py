@@ -14,7 +14,9 @@ from farflung.compression import parse_codec
 from farflung.node.anchor import Trial, genesis_buffers
 from farflung.node.data import RoundView, Sharder
 from farflung.node.flat import schema_of, write_parameters
+from farflung.node.replica import Replica
 from farflung.node.run_file import RunFile, make_genesis
+from farflung.node.shell import Node
 from farflung.node.tasks.load import load_task
 from farflung.node.tasks.task import count_tokens
 from farflung.protocol.certificate import Certificate
@@ -27,6 +29,7 @@ from farflung.sim.eventlog import EventLog
 from farflung.sim.happenings import schedule
 from farflung.sim.life import SECRET, Life, memory_disk
 from farflung.sim.measure import Measure
+from farflung.sim.mixing_checks import mixing_of
 from farflung.sim.population import populate
 from farflung.sim.results import RoundResult, RunResult
 from farflung.sim.rng import seeded, stream
@@ -42,6 +45,9 @@ STALLED_CEILINGS = 5
 
 EVALUATIONS = 40
 """At most about so many validations are measured per run, evenly spread, and the last."""
+
+EVALUATIONS_MIXING = 160
+"""The same where members mix: each of them has parameters of its own, and is measured."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +113,8 @@ class Training:
             limit_s=scenario.limit_h * 3600,
         )
         self.validation: dict[int, float] = {}
+        self._own: dict[int, list[float]] = {}
+        """Where members mix: validation losses of their own parameters after a round's mixing."""
         self.stalled = False
         self._costs = self._charge()
         self._add_members()
@@ -139,6 +147,8 @@ class Training:
             rule=run.rule,
             outer=run.outer,
             weights=run.weights,
+            mode=run.mode,
+            mixing=mixing_of(run),
             inner_steps=run.inner_steps,
             rounds=scenario.rounds,
             start_members=max(1, there),
@@ -164,6 +174,8 @@ class Training:
         listen(world.lives, rings)
         world.found(world.lives[0])
         world.watchers.append(self._certified)
+        if self._mixes:
+            world.adopters.append(self._adopted)
         schedule(world, population)
 
     # -- running ------------------------------------------------------------------------------------------------------
@@ -191,6 +203,10 @@ class Training:
         return done or since_s > 2 * ceiling_s
 
     @property
+    def _mixes(self) -> bool:
+        return self.scenario.run.mode != "gather"
+
+    @property
     def _trained(self) -> int:
         return max((item.manifest.trained for item in self.world.certificates.values()), default=0)
 
@@ -201,17 +217,40 @@ class Training:
             return
         if self._tell is not None and life.index == 0:
             self._tell(manifest.trained, rounds)
-        every = max(1, rounds // EVALUATIONS)
-        evaluate = getattr(self.task, "evaluate", None)
-        if callable(evaluate) and (manifest.trained % every == 0 or manifest.trained == rounds):
-            write_parameters(self._scratch, life.node.held.theta_d)
-            self.validation[index] = float(evaluate(self._scratch))
+        if not self._mixes and self._is_evaluated(manifest.trained, EVALUATIONS):
+            self.validation[index] = self._evaluate(life.node)
+
+    def _adopted(self, life: Life, view: RoundView) -> None:
+        """A mixing has ended for a member: its own parameters are judged, and the round by the mean of its members."""
+        index, node = view.round_index - 1, life.node
+        certificate = self.world.certificates.get(index)
+        if node is None or certificate is None or not certificate.manifest.payloads:
+            return
+        trained = certificate.manifest.trained
+        mixed = isinstance(node.held, Replica) and node.held.trained == trained
+        if mixed and self._is_evaluated(trained, EVALUATIONS_MIXING // self.scenario.size):
+            losses = self._own.setdefault(index, [])
+            losses.append(self._evaluate(node))
+            self.validation[index] = math.fsum(losses) / len(losses)
+
+    def _is_evaluated(self, trained: int, most: int) -> bool:
+        """Whether a round is measured, if about `most` of all are."""
+        rounds = self.scenario.rounds
+        every = max(1, rounds // max(1, most))
+        return callable(getattr(self.task, "evaluate", None)) and (trained % every == 0 or trained == rounds)
+
+    def _evaluate(self, node: Node) -> float:
+        write_parameters(self._scratch, node.held.theta_d)
+        return float(self.task.evaluate(self._scratch))  # type: ignore[attr-defined]
 
     # -- what came of it ----------------------------------------------------------------------------------------------
 
     def _result(self, finished: bool, wall_s: float) -> RunResult:
         scenario, world = self.scenario, self.world
-        measure = Measure(world, self.validation, self._costs.apply_s)
+        apply_s, parcel_bytes = self._costs.apply_s, None
+        if self._mixes:  # accounts take no work
+            apply_s, parcel_bytes = lambda rows: 0.0, round(self._costs.payload_bytes)
+        measure = Measure(world, self.validation, apply_s, parcel_bytes)
         rounds = measure.rounds()
         why = "nothing was certified for long, and nothing was still to come" if self.stalled else "the limit"
         notes = (

@@ -301,6 +301,8 @@ def _check(scenario: Scenario) -> None:
             f"only in a synchronous gather does everybody learn the same at any speed, {WITHOUT}: "
             f"got {scenario.run.exchange!r}"
         )
+    if scenario.run.mode != "gather":
+        raise ConfigError(f"when parcels arrive decides how members mix, {WITHOUT}: got {scenario.run.mode!r}")
     for attack in scenario.attacks:
         if attack.kind not in VALUE_ATTACKS:
             raise ConfigError(f"this attack decides who is heard, or when, {WITHOUT}: got {attack.kind!r}")

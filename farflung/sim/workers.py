@@ -1,7 +1,7 @@
 """What a node's work costs in virtual time: it is done at once, and its result comes when the work would be done.
 
-The codec and the rule are the real ones, wrapped so that they note what they would have cost; the disk notes every
-wait for it. A node's executor charges what was noted while a piece of work ran.
+The codec, the rule and the outer optimiser are the real ones, wrapped so that they note what they would have cost; the
+disk notes every wait for it. A node's executor charges what was noted while a piece of work ran.
 """
 
 from __future__ import annotations
@@ -15,11 +15,15 @@ from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
+from farflung.aggregation.outer import OuterOptimizer
 from farflung.aggregation.registry import ParsedRule
 from farflung.aggregation.rule import Aggregate, Context
 from farflung.compression.codec import Codec
+from farflung.node.anchor import Anchor
 from farflung.node.durable import waiting_by
+from farflung.node.reference import ReferenceAnchor
 from farflung.protocol.rows import Rows
+from farflung.protocol.schema import Schema
 from farflung.sim.inline import InlineExecutor
 from farflung.sim.service_costs import THREADS
 
@@ -101,6 +105,39 @@ class Workers(InlineExecutor):
             codec.check(payload, schema, shared, round_index)
 
         return codec._replace(encode=encode, check=check)
+
+    def charge_for(self, anchor: Anchor) -> None:
+        """Replace what this node computes with by the same things, noting their costs."""
+        if isinstance(anchor, ReferenceAnchor):
+            anchor.codec = self.mixing_codec(anchor.codec, anchor.schema.numel)
+            anchor.outer = self.outer(anchor.outer)
+        else:
+            anchor.codec, anchor.rule = self.codec(anchor.codec), self.rule(anchor.rule)
+
+    def mixing_codec(self, codec: Codec, d: int) -> Codec:
+        """The same where members mix: each parcel is a fragment that is encoded when it leaves; when it has arrived it
+        is checked, decoded and added to what its receiver holds."""
+        costs = self.costs
+
+        def encode(vector_d: Tensor, private: Any, shared: Any, round_index: int) -> tuple[bytes, Any]:
+            self.owe_cpu(costs.encode_s() * vector_d.numel() / d)
+            return codec.encode(vector_d, private, shared, round_index)
+
+        def check(payload: bytes, schema: Schema, shared: Any, round_index: int) -> None:
+            add_s = costs.apply_s(1) - costs.apply_s(0)
+            self.owe_cpu((costs.check_s() + add_s) * schema.numel / d)
+            codec.check(payload, schema, shared, round_index)
+
+        return codec._replace(encode=encode, check=check)
+
+    def outer(self, outer: OuterOptimizer) -> OuterOptimizer:
+        """The same optimiser, noting what a member's own step costs: applying a round without payloads."""
+
+        def step(*arguments: Any, **named: Any) -> Any:
+            self.owe_cpu(self.costs.apply_s(0))
+            return outer.step(*arguments, **named)
+
+        return outer._replace(step=step)
 
     def rule(self, parsed: ParsedRule) -> ParsedRule:
         """The same rule, noting what decoding, combining and stepping cost."""

@@ -96,6 +96,9 @@ class World:
         self.failures: list[tuple[int, BaseException]] = []
         self.refusals = 0
         self.watchers: list[Callable[[Life, Certificate, Trial], None]] = []
+        self.adopters: list[Callable[[Life, RoundView], None]] = []
+        """Told when a member trains on, or ends its run, with other parameters."""
+
         self._change = asyncio.Event()
         self._scripts: list[Coroutine[Any, Any, None]] = []
         self._late: list[asyncio.Task[None]] = []
@@ -200,6 +203,8 @@ class World:
     def on_adopted(self, life: Life, view: RoundView) -> None:
         """A member took a new anchor."""
         self.log.member(self.loop.now_ns, life.index, "adopts", str(view.round_index))
+        for adopter in self.adopters:
+            adopter(life, view)
 
     def on_refused(self, life: Life, peer: str, why: str) -> None:
         """A member did not believe something."""

@@ -11,10 +11,11 @@ import sys
 import torch
 from edge_world import rounded, story
 
-from farflung.aggregation import pairs, push_sum
+from farflung.aggregation import pairs, persistent, push_sum
 from farflung.aggregation.flow import Flow, InEdge, OutEdge, send_flows
 from farflung.aggregation.graphs import parse_graph, plan_round
 from farflung.aggregation.mass import Mass
+from farflung.aggregation.persistent_post import Post
 from farflung.aggregation.windows import WINDOW
 from farflung.protocol.ledger.saved import encode_ledger
 
@@ -85,6 +86,19 @@ def flows(threads):
         yield repr((mass.weight, mass.sums())).encode()
 
 
+def lasting(threads):
+    """Persistent mass in bad weather."""
+    rule, post = persistent.parse_persistent("nesterov(lr=0.3,momentum=0.5)"), Post()
+    members = [persistent.begin(theta_d, rule, weight=1.0 + i, threads=threads) for i, theta_d in enumerate(vectors(6))]
+    for tick in range(4):
+        for member, delta_d in zip(members, 0.1 * vectors(10 + tick), strict=True):
+            member.update(delta_d)
+        post.carry(members, persistent.plan_tick(parse_graph("exponential"), N, tick, run_id=b"run"), fate=fate)
+    for member in members:
+        yield member.model().numpy().tobytes()
+        yield repr((member.mass.weight, member.sums(), post.sums(members))).encode()
+
+
 def ledgers():
     """Stories of loss, repeats, crashes and changing members, with every book, mass and copy they end with."""
     for seed in range(6):
@@ -106,7 +120,7 @@ def digest(parts):
 
 def threaded(threads):
     """What the parts that use threads left behind, by name."""
-    parts = {"push-sum": push_sums, "pairs": meetings, "flows": flows}
+    parts = {"push-sum": push_sums, "pairs": meetings, "flows": flows, "persistent": lasting}
     return {name: digest(part(threads)) for name, part in parts.items()}
 
 

@@ -119,7 +119,7 @@ def test_a_period_of_base_is_the_exact_mean_whatever_the_weights(n, k):
 
 
 @pytest.mark.parametrize("k", [2, 3])  # k = 1: test_push_sum.py
-@pytest.mark.parametrize("n", range(2, 18))
+@pytest.mark.parametrize("n", [2, 3, 5, 6, 7, 9, 11, 14, 17])
 def test_a_whole_run_on_base_is_the_run_of_the_exact_mean(n, k):
     """I-8 in fp64: nesterov, 20 rounds, unequal weights, an offset from a reference."""
     weights, ref_d = [float(1 + i % 3) for i in range(n)], torch.linspace(-1, 1, 8, dtype=torch.float64)

@@ -26,8 +26,9 @@ SIZES = (3, 4, 2, 6, 5)
 
 
 def network(dtype=torch.float64):
-    torch.manual_seed(7)
-    layers = torch.nn.Linear(6, 9), torch.nn.Tanh(), torch.nn.Linear(9, 4)
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        layers = torch.nn.Linear(6, 9), torch.nn.Tanh(), torch.nn.Linear(9, 4)
     return torch.nn.Sequential(*layers).to(dtype)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from farflung.aggregation import pairs, push_sum
+from farflung.aggregation import pairs, persistent, push_sum
 from farflung.aggregation.flow import Flow, FlowCodec, InEdge, OutEdge, send_flows
 from farflung.aggregation.graphs import parse_graph, plan_round
 from farflung.aggregation.kernels import mass as kernels
@@ -169,8 +169,29 @@ def tell_gather(spoil, dtype):
     return [theta_d, *state]
 
 
+def tell_persistent(spoil, dtype):
+    """Four ticks with a step before each; Δ, models and shares are spoilt when they were taken."""
+    rule, theta_nd, members = persistent.parse_persistent("nesterov(lr=0.7,momentum=0.5)"), vectors(8, dtype), []
+    for i, theta_d in enumerate(theta_nd):
+        members.append(persistent.begin(theta_d, rule, weight=1.0 + i % 2, threads=2))
+        spoil(theta_d)
+    for tick, mixing in enumerate(plan_of("ring", 4)):
+        for member, delta_d in zip(members, vectors(20 + tick, dtype), strict=True):
+            z_d = member.model()
+            member.update(delta_d)
+            spoil(delta_d, z_d)
+        posted = [member.send(mixing[i].sends) for i, member in enumerate(members)]
+        for i, shares in enumerate(posted):
+            for to, mass in shares.items():
+                lent_d = mass.numerator_d
+                spoil.too_early(lent_d)
+                members[i if (i + to + tick) % 4 == 0 else to].receive(mass)
+                spoil(lent_d)
+    return [member.model() for member in members]
+
+
 STORIES = [
-    *((tell, dtype) for tell in (tell_push_sum, tell_pairs, tell_flows) for dtype in TYPES),
+    *((tell, dtype) for tell in (tell_push_sum, tell_pairs, tell_flows, tell_persistent) for dtype in TYPES),
     (tell_gather, torch.float32),
 ]
 

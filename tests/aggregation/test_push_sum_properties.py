@@ -90,13 +90,13 @@ def test_weights_stay_positive_and_ratios_between_the_inputs_in_every_tick(sched
 @given(schedules(), WEIGHTS, st.floats(-1e6, 1e6), st.booleans())
 @settings(max_examples=150, deadline=None)
 def test_a_constant_stays_the_constant_in_every_tick(schedule, weights, value, ledger):
-    """I-4, from the first tick on."""
+    """I-4, from the first tick on, but for what fp64 cannot hold."""
     plan, fate = schedule
     rounds = members(plan, torch.full((len(plan[0]), D), value, dtype=torch.float64), weights)
 
     def watch(tick, rounds, under_way):
         for (mass,) in (member.masses for member in rounds):
-            assert not mass.weight or ((mass.ratio() - value).abs() <= 1e-14 * abs(value)).all()
+            assert not mass.weight or ((mass.ratio() - value).abs() <= 1e-14 * abs(value) + 1e-300).all()
 
     mix_all(rounds, fate=fate, ledger=ledger, watch=watch)
 

@@ -250,7 +250,7 @@ def test_with_error_feedback_an_encoded_update_is_never_also_in_the_parameters(p
     phase, machine, mailbox = phase_of("ef(1)|q2")
     delta_d = delta_of()
     assert phase.accepts(result_of(delta_d), machine)
-    _, source = phase.encode(result_of(delta_d), LINK)
+    _, source, *_ = phase.encode(result_of(delta_d), LINK)
     left_d = delta_d - sent_part(phase, source)
     assert torch.allclose(phase.private.error_d, left_d, rtol=0, atol=1e-8)
     assert left_d.norm() > 0
@@ -282,7 +282,7 @@ def test_a_wild_update_is_an_abstention_that_keeps_the_error_feedback(phase_of, 
     wild_d = delta_of()
     wild_d[3] = bad
     phase.accepts(result_of(wild_d), machine)
-    assert phase.encode(result_of(wild_d), LINK) == (None, None)
+    assert phase.encode(result_of(wild_d), LINK) == (None, None, 0, 0)
     after = phase._anchor.codec.private_tensors(phase.private)
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert phase.hand_over(machine)
@@ -296,7 +296,7 @@ def test_a_wild_update_that_is_also_late_does_not_stay_in_the_model(phase_of, co
     wild_d = delta_of()
     wild_d[0] = float("nan")
     phase.accepts(result_of(wild_d), machine)
-    assert phase.encode(result_of(wild_d), LINK) == (None, None)
+    assert phase.encode(result_of(wild_d), LINK) == (None, None, 0, 0)
     machine.phase = machine.phase.__class__.APPLYING
     assert not phase.hand_over(machine)
     machine.phase = machine.phase.__class__.TRAINING
@@ -392,7 +392,7 @@ def test_a_codec_without_error_feedback_is_never_saved(phase_of):
 def test_an_unlisted_announcement_counts_as_late(phase_of):
     phase, machine, mailbox = phase_of("fp32")
     phase.accepts(result_of(delta_of()), machine)
-    ref, _ = phase.encode(result_of(delta_of()), LINK)
+    ref, *_ = phase.encode(result_of(delta_of()), LINK)
     assert phase.hand_over(machine)
     draft = machine.attendance.draft(machine.me.peer_id)
     assert ref is not None

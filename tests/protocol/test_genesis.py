@@ -10,6 +10,7 @@ from protocol_world import make_genesis, make_identity
 from farflung.protocol.canonical import decode_canonical, encode_canonical
 from farflung.protocol.errors import ConfigError, PeerError
 from farflung.protocol.genesis import Genesis, Timing, decode_genesis, run_id_of, secret_digest
+from farflung.protocol.mixing.settings import Mixing
 from farflung.protocol.schema import Schema, TensorSpec
 
 GENESIS = make_genesis(make_identity(0))
@@ -37,11 +38,35 @@ OTHER = {
 }
 
 
+MIXED = replace(GENESIS, mode="push-sum")
+
+
 def test_every_field_is_in_the_run_id():
-    fixed = {"mode", "trust", "version"}  # one value each so far
+    fixed = {"mode", "mixing", "trust", "version"}  # one value each so far, but for those that follow
     assert OTHER.keys() == {item.name for item in fields(Genesis)} - fixed
     ids = {replace(GENESIS, **{name: value}).run_id for name, value in OTHER.items()}
     assert len(ids | {GENESIS.run_id}) == len(OTHER) + 1
+
+
+def test_every_mode_and_what_it_mixes_by_is_in_the_run_id():
+    others = [
+        replace(MIXED.mixing, **{item.name: "ring" if item.name == "graph" else getattr(MIXED.mixing, item.name) - 1})
+        if getattr(MIXED.mixing, item.name) not in (0, 1)
+        else replace(MIXED.mixing, **{item.name: getattr(MIXED.mixing, item.name) + 1})
+        for item in fields(Mixing)
+    ]
+    runs = [GENESIS, MIXED, replace(GENESIS, mode="pairs"), *(replace(MIXED, mixing=mixing) for mixing in others)]
+    assert len({run.run_id for run in runs}) == len(runs)
+    for run in runs:
+        assert decode_genesis(run.canonical_bytes, run.run_id) == run
+
+
+def test_gather_knows_no_mixing():
+    with pytest.raises(ConfigError, match="mixing"):
+        replace(GENESIS, mixing=replace(MIXED.mixing, ticks=3))
+    for data in (bent(mixing=MIXED.mixing.to_json()), bent(mode="pairs"), bent(mode="pairs", mixing={"ticks": 1})):
+        with pytest.raises(PeerError, match="genesis"):
+            decode_genesis(data, run_id_of(data))
 
 
 def test_every_timing_is_in_the_run_id():
@@ -71,7 +96,7 @@ def test_a_genesis_of_a_newer_version_is_explained_to_the_user():
 def test_a_value_that_cannot_work_is_named():
     for changes, name in (
         ({"inner_steps": 0}, "inner_steps"),
-        ({"mode": "pairs"}, "mode"),
+        ({"mode": "sharded"}, "mode"),
         ({"trust": "byzantine"}, "trust"),
         ({"secret_digest": ""}, "secret_digest"),
         ({"quorum_percent": 101}, "quorum_percent"),

@@ -19,7 +19,8 @@ from farflung.sim.bench.mixing_advance import Outers, stepping
 from farflung.sim.bench.mixing_exchange import lost_messages, make_exchange
 from farflung.sim.bench.mixing_liars import Round
 from farflung.sim.bench.mixing_loop import MixLoop, mix
-from farflung.sim.bench.mixing_setting import Gather, MixSetting, Pace, Pairs, Persistent, PushSum
+from farflung.sim.bench.mixing_plots import draw_gaps
+from farflung.sim.bench.mixing_setting import Accelerated, Gather, MixSetting, Pace, Pairs, Persistent, PushSum
 from farflung.sim.bench.mixing_table import Entry, lines_of, rows_of
 from farflung.sim.bench.runs import FinishedRuns
 
@@ -141,11 +142,13 @@ def test_every_exact_round_of_a_small_gpt_is_the_mean_to_a_few_ulps(n):
         Pairs(loss=0.2),
         Pairs(radius=1.0, attack="gaussian(scale=100)", liars=2),
         Persistent(loss=0.2),
+        Accelerated(),
     ],
     ids=lambda exchange: exchange.kind,
 )
 def test_one_setting_has_one_outcome(exchange):
-    setting = tiny(exchange, paces=(Pace(2, 2), Pace(1, 1)))
+    outer = "gasloc(lr=0.7,gamma=0.6)" if isinstance(exchange, Accelerated) else NESTEROV
+    setting = tiny(exchange, outer, paces=(Pace(2, 2), Pace(1, 1)))
     loops = [MixLoop(setting) for _ in range(2)]
     first, second = (loop.run() for loop in loops)
     assert first._replace(wall_s=0) == second._replace(wall_s=0)
@@ -175,6 +178,28 @@ def test_members_train_at_their_own_pace_on_their_own_samples():
         assert float((movement_nd[i] - whole_nd[i]).norm()) < 1e-3 * float(whole_nd[i].norm())
     for i in (1, 3):
         assert 0 < float(movement_nd[i].norm()) < 0.9 * float(whole_nd[i].norm())
+
+
+@pytest.mark.parametrize("ticks", [1, 2])
+def test_the_mean_under_gasloc_takes_dilocos_steps_with_its_gamma_as_momentum(ticks):
+    loop = MixLoop(tiny(Accelerated(ticks), "gasloc(lr=0.7,gamma=0.6)", rounds=5, members=8))
+    mean_d, buffer_d, moved = loop.theta_ref_d.double(), 0.0, 0.0
+    for number in range(1, 6):
+        before_nd = loop.theta_nd
+        loop.round(number)
+        delta_d = (before_nd - loop.phi_nd).double().mean(0)
+        buffer_d = 0.6 * buffer_d + delta_d
+        mean_d = mean_d - 0.7 * (delta_d + 0.6 * buffer_d)
+        moved = max(moved, float((mean_d - loop.theta_ref_d).norm()))
+        assert float((loop.theta_nd.double().mean(0) - mean_d).norm()) < 1e-5 * moved
+    assert loop.apart() > 0.05
+
+
+def test_gasloc_on_a_complete_graph_is_everybodys_mean():
+    loop = MixLoop(tiny(Accelerated(1, "complete"), "gasloc(lr=0.7)", members=5))
+    loop.round(1)
+    moved_d = (loop.theta_ref_d - loop.phi_nd).mean(0)
+    assert torch.allclose(loop.theta_nd, (loop.theta_ref_d - 0.7 * moved_d).expand(5, -1), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("loss", [0.0, 0.3])
@@ -378,6 +403,9 @@ def test_a_run_that_liars_destroy_ends_with_an_infinite_loss():
         (lambda: PushSum(ledger=False), "without a ledger"),
         (lambda: PushSum(flow="int8", loss=0.1, ledger=False), "without a ledger"),
         (lambda: Persistent(ledger=False), "without a ledger"),
+        (lambda: Accelerated(0), "at least one tick"),
+        (lambda: tiny(Accelerated()), "nesterov"),
+        (lambda: tiny(Persistent(), "delayed-nesterov(lr=1.0,momentum=0.5,delay=2)"), "delayed"),
         (lambda: PushSum(graph="torus"), "torus"),
         (lambda: Gather("by-luck"), "by-luck"),
         (lambda: Pairs(attack="sign-flip"), "an attack has liars"),
@@ -427,6 +455,12 @@ def test_a_table_compares_seed_by_seed_and_says_what_was_lost(tmp_path):
         assert pairs.members.mean == math.inf
         assert [row["members %"] for row in rows_of([gather, push_sum, pairs])] == [0, pytest.approx(7.5), None]
         assert push_sum.seeds == 2
+    drawing = draw_gaps([gather, push_sum, pairs], name="gaps", title="Gaps", caption="In percent.")
+    (axes,) = drawing.figure.axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["gather", "push-sum", "pairs"]
+    assert [text.get_text() for text in axes.texts] == ["lost", "lost"]
+    shown = [float(points.get_xdata()[0]) for points in axes.lines if points.get_marker() == "o"]
+    assert shown == pytest.approx([0, 0, 7.5, 7.5])
 
 
 OUTCOME = mix(tiny(Gather(), rounds=1))

@@ -359,6 +359,7 @@ OTHER: dict[str, Any] = {
     "model.options": {"width": 3},
     "model.tokens": 5.0,
     "run.weights": "steps(cap=5)",
+    "run.mode": "push-sum",
     "members.clock_skew_s": Draw.fixed(1),
     "network.message_loss": 0.5,
 }

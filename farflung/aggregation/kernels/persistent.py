@@ -48,7 +48,7 @@ def nesterov(x_w: Floats, buffer_w: Floats, delta_w: Floats, lr: float, momentum
 
 
 @compiled
-def accelerate(out_w: Floats, y_w: Floats, before_w: Floats, mixed_w: Floats, alpha: float, gamma: float) -> None:
+def accelerate(out_w: Floats, y_w: Floats, before_w: Floats, pull_w: Floats, alpha: float, gamma: float) -> None:
     for j in range(len(out_w)):
         y = np.float64(y_w[j])
-        out_w[j] = y + alpha * (np.float64(mixed_w[j]) - y) + gamma * (y - np.float64(before_w[j]))
+        out_w[j] = y - alpha * np.float64(pull_w[j]) + gamma * (y - np.float64(before_w[j]))

@@ -26,7 +26,7 @@ def nesterov(x_w: Tensor, buffer_w: Tensor, delta_w: Tensor, lr: float, momentum
     x_w.copy_(x_w.double() - lr * (delta_w.double() + momentum * buffer_w.double()))
 
 
-def accelerate(out_w: Tensor, y_w: Tensor, before_w: Tensor, mixed_w: Tensor, alpha: float, gamma: float) -> None:
-    """T(y + α (mixed − y) + γ (y − before)), the sums from left to right."""
+def accelerate(out_w: Tensor, y_w: Tensor, before_w: Tensor, pull_w: Tensor, alpha: float, gamma: float) -> None:
+    """T(y − α pull + γ (y − before)), the sums from left to right."""
     wide_w = y_w.double()
-    out_w.copy_(wide_w + alpha * (mixed_w.double() - wide_w) + gamma * (wide_w - before_w.double()))
+    out_w.copy_(wide_w - alpha * pull_w.double() + gamma * (wide_w - before_w.double()))

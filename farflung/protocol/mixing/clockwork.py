@@ -1,7 +1,8 @@
 """A round's ticks: to whom a member speaks, whom it waits for, and how long.
 
-A tick ends when everybody awaited has brought what it has, at the tick's deadline, which is learnt from how long ticks
-took, or when those who are still awaited have not been heard of for a while. What comes later still counts.
+A tick ends when everybody awaited has brought what it has, at the tick's deadline, which is learnt from how long the
+slowest ticks of earlier rounds took, or when those who are still awaited have not been heard of for a while. What comes
+later still counts.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ class Patience:
     """How long this member waits; one per node, kept over rounds."""
 
     tick: AdaptiveDeadline
-    """From sending a tick's shares until everybody awaited has brought theirs."""
+    """From sending a tick's shares until everybody awaited has brought theirs: of every round the longest. Partners
+    change from tick to tick, and a median of all ticks would never have seen the slow ones."""
     silence_s: float
     settle_s: float
     resend_s: float
@@ -58,6 +60,8 @@ class Clockwork:
     """(tick, peer, fragment) that need not be waited for any more."""
     given_up: int = 0
     """How often a peer was waited for in vain."""
+    slowest_s: float = -math.inf
+    """How long the longest tick took so far."""
 
     def begin(self, tick: int, now_s: float) -> None:
         """The tick's shares have been sent."""
@@ -74,29 +78,26 @@ class Clockwork:
     def is_over(self, now_s: float, heard: Heard, since_s: float) -> bool:
         """Whether the tick need not be waited for any longer. `since_s`: when the round began: nobody is silent yet."""
         missing = self.waits_for()
-        if not missing:
-            if self.plan[self.tick].awaits:  # a tick without partners says nothing of how long others take
-                self.patience.tick.observe(now_s - self.began_s)
-            return True
-        late = now_s >= self.began_s + self.patience.tick.value_s
-        if late:
-            self.patience.tick.observe(now_s - self.began_s)
-        if late or all(self.is_silent(peer, now_s, heard, since_s) for peer in missing):
-            self.given_up += len(missing)
-            return True
-        return False
+        late = bool(missing) and now_s >= self.began_s + self.patience.tick.value_s
+        if missing and not late and now_s < self.silent_s(missing, heard, since_s):
+            return False
+        self.given_up += len(missing)
+        if self.plan[self.tick].awaits and (late or not missing):  # of silence there is nothing to be learnt
+            self.slowest_s = max(self.slowest_s, now_s - self.began_s)
+        if self.tick == len(self.plan) - 1 and self.slowest_s >= 0:
+            self.patience.tick.observe(self.slowest_s)
+        return True
 
-    def is_silent(self, peer: PeerId, now_s: float, heard: Heard, since_s: float) -> bool:
-        """Whether a peer was not heard for `silence_s`."""
-        return now_s >= _last_s(peer, heard, since_s) + self.patience.silence_s
+    def silent_s(self, peers: Iterable[PeerId], heard: Heard, since_s: float) -> float:
+        """When all of these will have been silent for `silence_s`, if nothing is heard of them; -inf for nobody."""
+        return max((_last_s(peer, heard, since_s) for peer in peers), default=-math.inf) + self.patience.silence_s
 
     def wake_s(self, heard: Heard, since_s: float) -> float:
         """When `is_over` may change its mind without any news."""
         missing = self.waits_for()
         if not missing:
             return -math.inf
-        silent_s = max(_last_s(peer, heard, since_s) for peer in missing) + self.patience.silence_s
-        return min(self.began_s + self.patience.tick.value_s, silent_s)
+        return min(self.began_s + self.patience.tick.value_s, self.silent_s(missing, heard, since_s))
 
 
 def _last_s(peer: PeerId, heard: Heard, since_s: float) -> float:

@@ -233,7 +233,8 @@ class PushSumMachine:
             return math.inf
         leases_s = min(leases.wake_s for leases in self._leases)
         if self.stage is Stage.SETTLING:
-            return min(self._settle_s, leases_s)
+            silent_s = self.clock.silent_s(self.waits_for(), self.heard, self.started_s)
+            return min(self._settle_s, silent_s, leases_s)
         ask_s = self._said_s + self.patience.resend_s
         return min(self.clock.wake_s(self.heard, self.started_s), leases_s, ask_s)
 
@@ -277,9 +278,7 @@ class PushSumMachine:
         self._settle_s = now_s + self.patience.tick.value_s + self.patience.settle_s
 
     def _is_settled(self, now_s: float) -> bool:
-        edges = [(p, edge) for ledger in self.ledgers for p, edge in ledger.out.items() if edge.escrow]
-        alive = [p for p, _ in edges if not self.clock.is_silent(p, now_s, self.heard, self.started_s)]
-        return not alive or now_s >= self._settle_s
+        return now_s >= min(self._settle_s, self.clock.silent_s(self.waits_for(), self.heard, self.started_s))
 
     def _remind(self, now_s: float) -> None:
         for part, (ledger, leases) in enumerate(zip(self.ledgers, self._leases, strict=True)):

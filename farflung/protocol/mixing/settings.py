@@ -30,7 +30,7 @@ class Mixing:
     some of them."""
 
     reference_rounds: int = 20
-    """After so many trained rounds a member publishes what offsets are measured from, certified; joiners start there."""
+    """After so many trained rounds a member publishes what offsets are measured from; joiners start there."""
 
     gamma_percent: int = 100
     """Of a share that flows per message, with codecs that round: less for 2 bits (50) or sparse ones (10)."""

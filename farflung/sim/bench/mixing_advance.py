@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from farflung.aggregation import persistent
+from farflung.aggregation.gasloc import Gasloc, landed, parse_gasloc, proposed
 from farflung.aggregation.graphs import parse_graph
 from farflung.aggregation.mass import mass_error
 from farflung.aggregation.outer import OuterOptimizer, State, parse_outer
@@ -19,7 +20,7 @@ from farflung.aggregation.weights import Claim
 from farflung.protocol.schema import Schema
 from farflung.sim.bench.mixing_exchange import Step, lost_messages, make_exchange
 from farflung.sim.bench.mixing_liars import Round
-from farflung.sim.bench.mixing_setting import MixSetting, Persistent
+from farflung.sim.bench.mixing_setting import Accelerated, MixSetting, Persistent
 
 
 class Advanced(NamedTuple):
@@ -37,6 +38,8 @@ def make_advance(setting: MixSetting, schema: Schema, theta_nd: Tensor) -> Advan
     """The ends of a run's rounds, for members that start at these parameters."""
     if isinstance(setting.exchange, Persistent):
         return _persistent(setting, setting.exchange, theta_nd)
+    if isinstance(setting.exchange, Accelerated):
+        return _accelerated(make_exchange(setting, schema), parse_gasloc(setting.outer), theta_nd)
     return stepping(make_exchange(setting, schema), Outers(setting.outer, theta_nd))
 
 
@@ -82,6 +85,23 @@ def _persistent(setting: MixSetting, exchange: Persistent, theta_nd: Tensor) -> 
             post.carry(members, mixing, fate=partial(_fate, lost[tick]))
         next_nd = torch.stack([member.model() for member in members])
         return Advanced(next_nd, mass_error(before, post.sums(members)))
+
+    return advance
+
+
+def _accelerated(exchange: Step, rule: Gasloc, theta_nd: Tensor) -> Advance:
+    """Everybody's own step, the pull towards the others by the exchange, and the acceleration of both."""
+    before_nd = theta_nd.clone()
+
+    def advance(found: Round, claims: Sequence[Claim]) -> Advanced:
+        nonlocal before_nd
+        moved = zip(found.theta_nd, found.phi_nd, strict=True)
+        y_nd = torch.stack([proposed(theta_d, theta_d - phi_d, rule) for theta_d, phi_d in moved])
+        mixed = exchange(found._replace(theta_nd=y_nd, phi_nd=y_nd), claims)
+        ends = zip(y_nd, before_nd, mixed.gradient_nd, strict=True)
+        next_nd = torch.stack([landed(y_d, before_d, pull_d, rule) for y_d, before_d, pull_d in ends])
+        before_nd = y_nd
+        return Advanced(next_nd, mixed.mass_error)
 
     return advance
 

@@ -28,7 +28,7 @@ from farflung.protocol.errors import LocalError
 from farflung.protocol.rows import DenseRow
 from farflung.protocol.schema import Schema
 from farflung.sim.bench.mixing_liars import Round, parse_lying
-from farflung.sim.bench.mixing_setting import Gather, MixSetting, Pairs, Persistent, PushSum
+from farflung.sim.bench.mixing_setting import Accelerated, Gather, MixSetting, Pairs, Persistent, PushSum
 
 RADIUS_NONE = 1e300
 """A radius that clips nothing, in usual distances."""
@@ -55,6 +55,8 @@ def make_exchange(setting: MixSetting, schema: Schema) -> Step:
             return _gather(setting.exchange)
         case PushSum():
             return _push_sum(setting, setting.exchange, schema)
+        case Accelerated():
+            return _push_sum(setting, setting.exchange.mixing, schema)
         case Pairs():
             return _pairs(setting, setting.exchange)
         case Persistent():

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
+from farflung.aggregation.gasloc import parse_gasloc
 from farflung.aggregation.graphs import parse_graph, partners_of, plan_round
 from farflung.aggregation.outer import parse_outer
 from farflung.aggregation.pairs import Radius
+from farflung.aggregation.persistent import parse_persistent
 from farflung.aggregation.weights import parse_weights
 from farflung.compression import parse_codec
 from farflung.node.tasks.stdlib_gpt import StdlibGpt
@@ -127,7 +129,33 @@ class Persistent:
         object.__setattr__(self, "graph", parse_graph(self.graph).spec)
 
 
-Exchange = Gather | PushSum | Pairs | Persistent
+@dataclass(frozen=True)
+class Accelerated:
+    """GASLoC over fresh mass: members step, mix what comes of it, and are accelerated (`aggregation.gasloc`). The outer
+    step of such a run is called "gasloc(lr=0.4,alpha=1.0,gamma=0.5)"."""
+
+    kind: ClassVar[str] = "gasloc"
+
+    ticks: int = 1
+
+    graph: str = "base(k=1)"
+    """A symmetric one, as all here are but the exponential ones and od-equidyn."""
+
+    loss: float = 0.0
+    """Of messages, each by itself; lost mass goes home."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "graph", self.mixing.graph)
+        if self.ticks < 1:
+            raise ConfigError(f"a round has at least one tick, got {self.ticks}")
+
+    @property
+    def mixing(self) -> PushSum:
+        """The exchange that pulls."""
+        return PushSum(self.ticks, self.graph, loss=self.loss)
+
+
+Exchange = Gather | PushSum | Pairs | Persistent | Accelerated
 
 
 class Pace(NamedTuple):
@@ -161,12 +189,9 @@ class MixSetting:
         least = min(self.rounds, self.inner_steps, self.members, self.report_every, self.reference_every)
         if least < 1 or any(min(pace) < 1 for pace in self.paces) or len(self.paces) > self.members:
             raise ConfigError(f"a run has at least one of everything, and a member for each pace, got {self}")
-        outer = parse_outer(self.outer)
-        if outer.judged is not None:
-            raise ConfigError(f"members that mix are judged by their parameters, which {outer.spec} does not want")
         if self.liars >= self.members:
             raise ConfigError(f"some member must be honest, got {self.liars} liars among {self.members}")
-        object.__setattr__(self, "outer", outer.spec)
+        object.__setattr__(self, "outer", _outer_of(self.exchange, self.outer))
 
     @property
     def liars(self) -> int:
@@ -200,6 +225,19 @@ class MixSetting:
     def key(self) -> dict[str, Any]:
         """What makes this run this run, as plain values."""
         return asdict(self) | {"exchange": {"kind": self.exchange.kind, **asdict(self.exchange)}}
+
+
+def _outer_of(exchange: Exchange, spec: str) -> str:
+    """Canonical text. Raises ConfigError for a step that the exchange cannot take."""
+    if isinstance(exchange, Accelerated):
+        rule = parse_gasloc(spec)
+        return f"gasloc(lr={rule.lr!r},alpha={rule.alpha!r},gamma={rule.gamma!r})"
+    if isinstance(exchange, Persistent):
+        parse_persistent(spec)
+    outer = parse_outer(spec)
+    if outer.judged is not None:
+        raise ConfigError(f"members that mix are judged by their parameters, which {outer.spec} does not want")
+    return outer.spec
 
 
 def _check_loss(loss: float) -> None:

@@ -126,8 +126,9 @@ def payload_length(spec: str, params: int) -> int:
     if params > ENCODED_MAX:
         schema = Schema((TensorSpec("matrix", (-(-params // SIDE), SIDE), "float32"),))
         return math.ceil(codec.bits(schema) * params / 8)
-    updates = make_updates("gauss", max(params, SIDE))
-    schema = Schema((TensorSpec("matrix", (params // SIDE, SIDE) if params % SIDE == 0 else (params,), "float32"),))
+    updates = make_updates("gauss", params + SIDE)  # whole rows of them, to be cut
+    shape = (params,) if params % SIDE else (params // SIDE, SIDE)
+    schema = Schema((TensorSpec("matrix", shape, "float32"),))
     private, shared = codec.init(schema)
     payload = b""
     for round_index, update_d in enumerate(updates.update_rd):

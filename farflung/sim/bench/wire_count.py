@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
-from farflung.aggregation.graphs import parse_graph, partners_of, plan_round
+from farflung.aggregation.graphs import Mixing, parse_graph, partners_of, plan_round
 from farflung.node.mixing_codec import EXACT
 from farflung.protocol import limits
 from farflung.protocol.errors import ConfigError, LocalError
@@ -72,7 +72,7 @@ class Plan(NamedTuple):
     ticks: int
     mean: float
     """Parcels a member sends in the round, mean over members."""
-    tallest: int
+    tallest: float
     """Sum over ticks of the most that anybody sends: for whom everybody waits."""
     partners: float
     """Different members that a member exchanges with, mean over members."""
@@ -156,18 +156,21 @@ def _count(way: Way, members: int, ground: Ground, plan: Plan | None) -> Count:
     part, parcels = -(-size // way.fragments), plan.mean * way.fragments
     note = sizes.offer_bytes(part) if way.mode == "pairs" else sizes.parcel_bytes(part, copies=way.codec != EXACT)
     share = 1 / members / ground.reference_rounds  # one of all members publishes a reference, now and then
-    carried = others * (account + sizes.fetch_bytes(account)) + parcels * sizes.direct_bytes(part)
-    carried += share * others * sizes.fetch_bytes(ground.state_bytes)
-    said = _agreed(members, account) + _news(members, account) + parcels * note
-    said += share * _news(members, ground.state_bytes)
+    bulky = others * (account + sizes.fetch_bytes(account)) + parcels * sizes.direct_bytes(part)
+    bulky += share * others * sizes.fetch_bytes(ground.state_bytes)
+    told = _agreed(members, account) + _news(members, account) + parcels * note
+    told += share * _news(members, ground.state_bytes)
     reference, flights = share * others * ground.state_bytes, FLIGHTS + CERTIFY_FLIGHTS + TICK_FLIGHTS * plan.ticks
-    return Count(way, members, plan.ticks, size, plan.mean, plan.tallest, reference, carried, said, beats, flights)
+    return Count(way, members, plan.ticks, size, plan.mean, plan.tallest, reference, bulky, told, beats, flights)
 
 
 def _agreed(members: int, payload_bytes: int) -> float:
-    """Announcement, vote, and a proposal by one of all members, to all others."""
-    spoken = sizes.announcement_bytes(payload_bytes) + sizes.vote_bytes()
-    return (members - 1) * (spoken + sizes.proposal_bytes(members, payload_bytes) / members)
+    """Announcement, vote, and a proposal by one of all members, to all others; and the certificate to those whose vote
+    comes after a quorum's: they are a round behind, and are told so."""
+    others = members - 1
+    spoken: float = sizes.announcement_bytes(payload_bytes) + sizes.vote_bytes()
+    spoken += sizes.proposal_bytes(members, payload_bytes) / members
+    return others * spoken + (members - 1) // 2 * sizes.certified_bytes(members, payload_bytes)
 
 
 def _news(members: int, size: int) -> float:
@@ -178,15 +181,28 @@ def _news(members: int, size: int) -> float:
 
 @lru_cache(maxsize=4096)
 def plan_of(spec: str, members: int, ticks: int, *, pairs: bool) -> Plan:
-    """What a round of so many ticks (0: a period) asks of members. Raises ConfigError for pairs without matchings."""
-    graph = parse_graph(spec)
-    mixings = plan_round(graph, members, ticks or _period(spec, members), run_id=sizes.RUN_ID, round_index=sizes.ROUND)
+    """What a round of so many ticks (0: a period) asks of members; of fewer than a period, the mean over rounds.
+
+    Raises ConfigError for pairs over a graph whose ticks are no matchings.
+    """
+    graph, period = parse_graph(spec), _period(spec, members)
+    rounds = range(sizes.ROUND, sizes.ROUND + (period if 0 < ticks < period else 1))
+    found = [
+        _plan(plan_round(graph, members, ticks or period, run_id=sizes.RUN_ID, round_index=index), pairs=pairs)
+        for index in rounds
+    ]
+    mean, tallest, partners = (math.fsum(part) / len(found) for part in zip(*(item[1:] for item in found), strict=True))
+    return Plan(ticks or period, mean, tallest, partners)
+
+
+def _plan(mixings: Sequence[Mixing], *, pairs: bool) -> Plan:
     if pairs:
         try:
             for mixing in mixings:
                 partners_of(mixing)
         except LocalError as error:
             raise ConfigError(str(error)) from None
+    members = len(mixings[0])
     sent = [len(column.sends) for mixing in mixings for column in mixing]
     met: list[dict[int, None]] = [{} for _ in range(members)]
     for mixing in mixings:

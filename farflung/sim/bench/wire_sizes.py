@@ -13,6 +13,7 @@ from farflung.node.runtime import DIGEST_LIST
 from farflung.node.transport.server import encode_chunk
 from farflung.protocol import messages_pb2 as pb
 from farflung.protocol.blob import DIGEST_BYTES, BlobRef, choose_chunk_bytes
+from farflung.protocol.certificate import Certificate
 from farflung.protocol.genesis import RUN_ID_BYTES
 from farflung.protocol.identity import SIGNATURE_BYTES, Identity, PeerId
 from farflung.protocol.ledger.amounts import Amount, Tally
@@ -24,7 +25,7 @@ from farflung.protocol.manifest import Manifest, Member
 from farflung.protocol.mixing.account import Account, Book, Totals
 from farflung.protocol.mixing.notes import Note, Offer
 from farflung.protocol.statements import Announcement
-from farflung.protocol.wire import Proposal, Statement, Status, Vote, encode_message
+from farflung.protocol.wire import Certified, Proposal, Statement, Status, Vote, encode_message
 
 ROUND = 100
 """Rounds of two or three digits are what most runs have."""
@@ -70,19 +71,42 @@ def announcement_bytes(payload_bytes: int) -> int:
     return told_bytes(announcement_of(0, payload_bytes))
 
 
-@lru_cache(maxsize=64)
-def _manifest_bytes(members: int, payload_bytes: int) -> int:
+def manifest_of(members: int, payload_bytes: int) -> Manifest:
+    """Everybody announces, everybody stays."""
     announcements = tuple(announcement_of(number, payload_bytes) for number in range(members))
     listed = tuple(Member(item.public_key, 1, 0, True) for item in announcements)
     proposer = identity_of(0).peer_id
-    manifest = Manifest(RUN_ID, ROUND, DIGEST, proposer, announcements, (), (), listed, started=True, trained=ROUND)
-    return told_bytes(Proposal(0, manifest))
+    return Manifest(RUN_ID, ROUND, DIGEST, proposer, announcements, (), (), listed, started=True, trained=ROUND)
+
+
+@lru_cache(maxsize=64)
+def _proposal_bytes(members: int, payload_bytes: int) -> int:
+    return told_bytes(Proposal(0, manifest_of(members, payload_bytes)))
 
 
 def proposal_bytes(members: int, payload_bytes: int) -> int:
     """Of one proposal to one peer: it grows by the same for every member that it lists (a test)."""
-    one, two = (_manifest_bytes(count, payload_bytes) for count in (1, 2))
+    one, two = (_proposal_bytes(count, payload_bytes) for count in (1, 2))
     return one + (members - 1) * (two - one)
+
+
+@lru_cache(maxsize=64)
+def _certified_bytes(members: int, votes: int, payload_bytes: int) -> int:
+    signatures = tuple((identity_of(number).peer_id, SIGNATURE) for number in range(votes))
+    certificate = Certificate(manifest_of(members, payload_bytes), 0, DIGEST, signatures)
+    return told_bytes(Certified(certificate))
+
+
+def certified_bytes(members: int, payload_bytes: int) -> int:
+    """Of one certificate to one peer; it grows by the same for every member and every vote (a test)."""
+    one = _certified_bytes(1, 1, payload_bytes)
+    member, vote = (_certified_bytes(2, 1, payload_bytes) - one, _certified_bytes(1, 2, payload_bytes) - one)
+    return one + (members - 1) * member + (quorum(members) - 1) * vote
+
+
+def quorum(members: int) -> int:
+    """Votes that make a certificate; of an even number half is enough if the longest-standing member is among them."""
+    return -(-members // 2)
 
 
 @lru_cache(maxsize=1)

@@ -279,14 +279,14 @@ class WatchedLife(Life):
     def _watch_words(self, node: Node) -> None:
         put, life, heard = node.outbox.put, self.lives, dict[bytes, None]()
 
-        def watched(peer: PeerId, kind: str, envelope: bytes) -> None:
+        def watched(peer: PeerId, kind: str, envelope: bytes, *, current: bool = True) -> None:
             if kind != "Status" and envelope not in heard:
                 heard[envelope] = None
                 message = self.stage.read(envelope)
                 slot = _slot(message)
                 word = Word(self.index, life, slot, message.statement, self.clock.now_s())
                 self.stage.facts.said.append(word)
-            put(peer, kind, envelope)
+            put(peer, kind, envelope, current=current)
 
         setattr(node.outbox, "put", watched)  # noqa: B010
 

@@ -22,6 +22,7 @@ TOLERANCE = 1e-6
 MEANING = {
     "compute": "training at the median member's pace",
     "straggler": "waiting for a slower member's training",
+    "mixing": "members mixing what they have learned",
     "upload": "bulk bytes at a sender's line",
     "download": "bulk bytes at a receiver's line",
     "latency": "propagation",

@@ -26,6 +26,7 @@ SERIES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#00
 CAUSE_COLOURS = {
     "compute": "#C8C8C8",
     "straggler": "#E69F00",
+    "mixing": "#332288",
     "upload": "#0072B2",
     "download": "#56B4E9",
     "latency": "#F0E442",
@@ -46,7 +47,7 @@ SEGMENT_COLOURS = {
 """Grey is training in both: what is coloured is the price of being far apart."""
 
 OTHER_COLOUR = "#B9A5D0"
-DARK = {"#0072B2", "#D55E00", "#009E73", "#8C6D31", "#444444", "#000000"}
+DARK = {"#0072B2", "#332288", "#D55E00", "#009E73", "#8C6D31", "#444444", "#000000"}
 """Colours on which text is white."""
 
 SETTINGS = {"svg.fonttype": "none", "svg.hashsalt": "farflung", "font.size": 9, "axes.edgecolor": "#999999"}
