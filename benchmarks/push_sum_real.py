@@ -130,6 +130,11 @@ class Play:
     def play(self) -> None:
         """From the start to the last member's end. Raises TimeoutError with the ends of the logs."""
         self.start(0)
+        begun_s = time.monotonic()
+        while not (self.directory(0) / "status.json").exists():
+            if self.children[0].poll() is not None or time.monotonic() - begun_s > STALL_S:
+                raise TimeoutError(f"the founder does not listen\n{self.tails()}")
+            time.sleep(0.1)
         for member in range(1, MEMBERS - self.faulty):
             self.start(member)
         seen, seen_s, killed_s = -1, time.monotonic(), 0.0

@@ -23,6 +23,10 @@ ALIGN = 1 << 14
 """Fragments end at multiples of this, so that codecs' blocks and threads' windows are not cut."""
 
 
+PROBE = Schema((TensorSpec("probe", (1 << 14,), "float32"),))
+"""Large enough that headers do not count."""
+
+
 def cut(d: int, fragments: int) -> tuple[slice, ...]:
     """Equal parts of a vector, in order. Raises ConfigError if it is too short for so many."""
     step = -(-d // (fragments * ALIGN)) * ALIGN
@@ -83,28 +87,24 @@ class MixingCodec:
         """How mass flows along edges with this codec. Raises ConfigError for what is known not to settle."""
         return flow_of(
             self.codec,
-            self.schema(part),
             gamma,
             lambda vector_d: self.encode(part, vector_d, round_index),
             lambda payload: self.decode(part, payload, round_index),
         )
 
 
-def flow_of(
-    codec: Codec, schema: Schema, gamma: float, encode: Callable[[Tensor], bytes], decode: Callable[[bytes], Tensor]
-) -> Flow:
+def flow_of(codec: Codec, gamma: float, encode: Callable[[Tensor], bytes], decode: Callable[[bytes], Tensor]) -> Flow:
     """The flow rule of a codec: what it keeps and how finely is measured on a small ramp."""
     kept = kept_share(codec)
-    bits = codec.bits(schema) / kept
+    bits = codec.bits(PROBE) / kept
     signs = "sign" in codec.spec
     return Flow(FlowCodec(codec.spec, encode, decode, kept, 1.0 if signs else max(1.0, float(int(bits)))), gamma)
 
 
 def kept_share(codec: Codec) -> float:
     """Of the coordinates, how many a payload carries: 1 for dense codecs."""
-    probe = Schema((TensorSpec("probe", (1 << 13,), "float32"),))
-    private, shared = codec.init(probe)
-    ramp_d = torch.linspace(-1.0, 1.0, probe.numel)
+    private, shared = codec.init(PROBE)
+    ramp_d = torch.linspace(-1.0, 1.0, PROBE.numel)
     payload, _ = codec.encode(ramp_d, private, shared, 1)
-    row = codec.open(payload, probe, shared, 1)(0, probe.numel)
-    return 1.0 if isinstance(row, DenseRow) else max(1, len(row.index_k)) / probe.numel
+    row = codec.open(payload, PROBE, shared, 1)(0, PROBE.numel)
+    return 1.0 if isinstance(row, DenseRow) else max(1, len(row.index_k)) / PROBE.numel

@@ -38,12 +38,12 @@ RIGHT_CARRY, RIGHT_CLOSED = PushSumMachine._carry_out, PushSumMachine.closed
 def setting_of(seed: int) -> Setting:
     """Something different for every seed; weights 0 to 3, so that some have nothing to give."""
     return Setting(
-        n=2 + seed % 4,
+        n=2 + seed % 3 + (seed % 40 == 0),
         graph=GRAPHS[seed % len(GRAPHS)],
-        ticks=0 if seed % 3 else 5,
-        fragments=1 + seed % 3,
+        ticks=0 if seed % 3 else 4,
+        fragments=1 + (seed % 7 == 0),
         window=1 if seed % 5 == 0 else 64,
-        waits=Waits(resend_s=0.8),
+        waits=Waits(resend_s=0.8, history_s=0.5 if seed % 2 else None),
         weight=lambda index, part: float((7 * index + 3 * part + seed) % 4),
     )
 
@@ -374,6 +374,6 @@ def test_the_world_finds_every_planted_bug(monkeypatch, plant):
     plant(monkeypatch)
     exact = Setting(n=6, fragments=2)
     with pytest.raises(Broken):
-        for seed in range(60):
-            check_mean(push_world(seed, SKEWED, exact).run())
-            lived(12 * seed)
+        for seed in range(80):
+            check_mean(push_world(seed, SKEWED, exact).run()) if seed < 5 else None
+            lived(3 * seed)

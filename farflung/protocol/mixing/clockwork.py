@@ -32,8 +32,8 @@ class Patience:
     """How long this member waits; one per node, kept over rounds."""
 
     tick: AdaptiveDeadline
-    """From sending a tick's shares until everybody awaited has brought theirs: of every round the longest. Partners
-    change from tick to tick, and a median of all ticks would never have seen the slow ones."""
+    """How long a share may take, theirs to this member or its own to them, from when this member has sent: of every
+    round the longest is remembered. Partners change from tick to tick, and a median of all would not see the slow."""
     silence_s: float
     settle_s: float
     resend_s: float
@@ -61,7 +61,9 @@ class Clockwork:
     given_up: int = 0
     """How often a peer was waited for in vain."""
     slowest_s: float = -math.inf
-    """How long the longest tick took so far."""
+    """How long the longest tick took so far, or the longest way of a share to its receiver."""
+    absent: set[PeerId] = field(default_factory=set)
+    """Peers that take no part in the round, or not any more."""
 
     def begin(self, tick: int, now_s: float) -> None:
         """The tick's shares have been sent."""
@@ -72,7 +74,7 @@ class Clockwork:
         if self.tick < 0:
             return ()
         parts = range(self.fragments)
-        awaits = self.plan[self.tick].awaits
+        awaits = [peer for peer in self.plan[self.tick].awaits if peer not in self.absent]
         return tuple(peer for peer in awaits if any((self.tick, peer, part) not in self.brought for part in parts))
 
     def is_over(self, now_s: float, heard: Heard, since_s: float) -> bool:
@@ -83,10 +85,17 @@ class Clockwork:
             return False
         self.given_up += len(missing)
         if self.plan[self.tick].awaits and (late or not missing):  # of silence there is nothing to be learnt
-            self.slowest_s = max(self.slowest_s, now_s - self.began_s)
-        if self.tick == len(self.plan) - 1 and self.slowest_s >= 0:
-            self.patience.tick.observe(self.slowest_s)
+            self.note(now_s - self.began_s)
         return True
+
+    def note(self, duration_s: float) -> None:
+        """Something of this round took so long."""
+        self.slowest_s = max(self.slowest_s, duration_s)
+
+    def learn(self) -> None:
+        """The round is over here: remember how long its slowest part took."""
+        if self.slowest_s >= 0:
+            self.patience.tick.observe(self.slowest_s)
 
     def silent_s(self, peers: Iterable[PeerId], heard: Heard, since_s: float) -> float:
         """When all of these will have been silent for `silence_s`, if nothing is heard of them; -inf for nobody."""

@@ -16,7 +16,7 @@ from farflung.protocol.blob import BlobRef
 from farflung.protocol.errors import LocalError, PeerError
 from farflung.protocol.identity import PeerId
 from farflung.protocol.mixing.clockwork import Clockwork, Heard, Patience, TickPlan
-from farflung.protocol.mixing.notes import Note, Offer
+from farflung.protocol.mixing.notes import Absent, Note, Offer
 from farflung.protocol.mixing.push_sum import Close, Get, Split, Stage, Tell
 
 
@@ -90,6 +90,9 @@ class PairMachine:
 
     def hear(self, peer: PeerId, note: Note, now_s: float) -> list[Effect]:
         """A partner's note. Raises PeerError, having changed nothing, if it is not its turn."""
+        if isinstance(note.content, Absent):
+            self.clock.absent.add(peer)
+            return self._step(now_s)
         right = note.fragment < self.fragments and note.tick < len(self.plan)
         if not right or peer not in self.plan[note.tick].awaits or not isinstance(note.content, Offer | None):
             raise PeerError(peer.short, "a note that does not belong to this round's pairs")
@@ -158,6 +161,7 @@ class PairMachine:
             following = self.clock.tick + 1
             if following == len(self.plan):
                 self.stage = Stage.OVER
+                self.clock.learn()
                 self._out.append(Close())
             elif following > self._splitting:
                 self._splitting = following

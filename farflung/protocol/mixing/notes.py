@@ -23,7 +23,12 @@ class Offer:
     weight: float
 
 
-Content: TypeAlias = LedgerMessage | Offer | None
+@dataclass(frozen=True, slots=True)
+class Absent:
+    """ "I take no part in this round, or not any more: do not wait for me, and give me nothing." True for ever."""
+
+
+Content: TypeAlias = LedgerMessage | Offer | Absent | None
 """None: "I have nothing for you in this tick, do not wait"."""
 
 
@@ -44,12 +49,11 @@ class Note:
 
     def to_json(self) -> list[Any]:
         """Plain values for canonical bytes."""
-        ref, content = self.payload, self.content
-        told = None if content is None else _offer_json(content) if isinstance(content, Offer) else content.to_json()
+        ref = self.payload
         return [
             self.fragment,
             self.tick,
-            told,
+            _content_json(self.content),
             None if ref is None else ref_to_json(ref),
             self.copy_hash.hex(),
             self.again,
@@ -68,20 +72,29 @@ class Note:
         note = Note(fragment, tick, content, payload, copy_hash, value[5])
         if (payload is not None) != isinstance(content, (Parcel, Offer)):
             raise PeerError("?", "a note whose vector does not belong to what it says")
-        if (copy_hash and not isinstance(content, Parcel)) or (note.again and isinstance(content, LedgerMessage)):
+        if (copy_hash and not isinstance(content, Parcel)) or (note.again and not isinstance(content, Offer | None)):
             raise PeerError("?", "a note whose parts do not belong together")
         if isinstance(content, Parcel) and payload is not None and content.amount.payload != payload.digest:
             raise PeerError("?", "a parcel that names two vectors")
         return note
 
 
-def _offer_json(offer: Offer) -> list[Any]:
-    return ["offer", offer.radius.hex(), offer.weight.hex()]
+def _content_json(content: Content) -> list[Any] | None:
+    match content:
+        case None:
+            return None
+        case Absent():
+            return ["absent"]
+        case Offer(radius, weight):
+            return ["offer", radius.hex(), weight.hex()]
+    return content.to_json()
 
 
 def _content(value: Any) -> Content:
     if value is None:
         return None
+    if value == ["absent"]:
+        return Absent()
     if isinstance(value, list) and len(value) == 3 and value[0] == "offer":
         return Offer(real(value[1]), real(value[2]))
     return message_from_json(value)
@@ -112,4 +125,4 @@ def ref_from_json(value: Any) -> BlobRef:
     )
 
 
-__all__ = ["Content", "Fence", "Note", "Offer", "Parcel", "Receipt", "real"]
+__all__ = ["Absent", "Content", "Fence", "Note", "Offer", "Parcel", "Receipt", "real"]

@@ -7,8 +7,8 @@ the receiver says in time that it never counted it. Then its books are closed: p
 their senders are told so. What is then still in limbo lapses with the round.
 
 Nothing is kept on disk: mass is of one round. A member that restarts takes no further part in the mixing of the round
-it was in: it tells its partners not to wait, and counts nothing. What it held is gone with it, and its next account
-says so.
+it was in: it answers whatever its partners say with `Absent`, and counts nothing. What it held is gone with it, and its
+next account says so.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from farflung.protocol.ledger.effects import Refused as Unheard
 from farflung.protocol.ledger.leases import Leases
 from farflung.protocol.ledger.messages import Parcel, Receipt
 from farflung.protocol.mixing.clockwork import Clockwork, Heard, Patience, TickPlan
-from farflung.protocol.mixing.notes import Note, Offer
+from farflung.protocol.mixing.notes import Absent, Note, Offer
 
 
 class Stage(StrEnum):
@@ -118,6 +118,10 @@ class PushSumMachine:
     """What was said of each unresolved parcel of mine: tick and posting, to say it again."""
     _early: list[Move] = field(default_factory=list)
     """Credits of ticks whose own shares have not left yet: no part of these, or the mean would not be exact."""
+    _begun_s: list[float] = field(default_factory=list)
+    """When each tick's shares left."""
+    _took: list[int] = field(default_factory=list)
+    """Ticks of parcels that were resolved in the present step."""
     _splitting: int = -1
     """The tick whose split was asked for last."""
     _said_s: float = -math.inf
@@ -130,7 +134,8 @@ class PushSumMachine:
         self.ledgers = tuple(Ledger(self.me, self.terms, self.round_index - 1, Fraction(0)) for _ in self.opened)
         for ledger, mass in zip(self.ledgers, self.opened, strict=True):
             ledger.open_round(self.round_index, mass, admit=dict.fromkeys(partners, self.round_index))
-        self._leases = tuple(Leases(self.patience.resend_s, self._lease_s) for _ in self.opened)
+        lease_s = max(self.patience.resend_s, self.patience.tick.value_s)
+        self._leases = tuple(Leases(self.patience.resend_s, lease_s) for _ in self.opened)
 
     # -- events -------------------------------------------------------------------------------------------------------
 
@@ -145,7 +150,7 @@ class PushSumMachine:
             raise LocalError(f"shares of tick {tick} while {self.stage} after tick {self.clock.tick}")
         self.stage = Stage.WAITING
         self.clock.begin(tick, now_s)
-        self._renew_leases()
+        self._begun_s.append(now_s)
         self._said_s = now_s
         for peer, part in sorted(shares):
             share = shares[peer, part]
@@ -160,8 +165,8 @@ class PushSumMachine:
         return self._step(now_s)
 
     def room(self, peer: PeerId, fragment: int) -> int:
-        """How many parcels may be sent to a peer now."""
-        return self.ledgers[fragment].room(peer)
+        """How many parcels may be sent to a peer now: none to who takes no part."""
+        return 0 if peer in self.clock.absent else self.ledgers[fragment].room(peer)
 
     def hear(self, peer: PeerId, note: Note, now_s: float) -> list[Effect]:
         """A partner's note. Raises PeerError, having changed nothing, if an honest member would not have sent it."""
@@ -173,6 +178,8 @@ class PushSumMachine:
         if content is None:
             if peer in self.plan[note.tick].awaits:
                 self.clock.brought.add((note.tick, peer, note.fragment))
+        elif isinstance(content, Absent):
+            self.clock.absent.add(peer)
         elif isinstance(content, Parcel) and _would_count(ledger, peer, content):
             if peer not in self.plan[note.tick].awaits:
                 raise PeerError(peer.short, f"gives something in tick {note.tick}, which is not its turn")
@@ -248,12 +255,15 @@ class PushSumMachine:
         if self.stage is Stage.WAITING:
             return self.clock.waits_for()
         if self.stage is Stage.SETTLING:
-            return tuple(sorted({p for ledger in self.ledgers for p, edge in ledger.out.items() if edge.escrow}))
+            owing = {p for ledger in self.ledgers for p, edge in ledger.out.items() if edge.escrow}
+            return tuple(sorted(owing - self.clock.absent))
         return ()
 
     # -- advancing ----------------------------------------------------------------------------------------------------
 
     def _step(self, now_s: float) -> list[Effect]:
+        while self._took:
+            self.clock.note(now_s - self._begun_s[self._took.pop()])
         if self.stage is Stage.WAITING and self.clock.is_over(now_s, self.heard, self.started_s):
             self.stage = Stage.SPLITTING
         if self.stage is Stage.SPLITTING:
@@ -262,6 +272,7 @@ class PushSumMachine:
             self._remind(now_s)
         if self.stage is Stage.SETTLING and self._is_settled(now_s):
             self.stage = Stage.OVER
+            self.clock.learn()
             self._out.append(Close())
         return self._take()
 
@@ -273,7 +284,6 @@ class PushSumMachine:
                 self._out.append(Split(following))
             return
         self.stage = Stage.SETTLING
-        self._renew_leases()
         # What is under way may still arrive in its own time; after that it is asked back.
         self._settle_s = now_s + self.patience.tick.value_s + self.patience.settle_s
 
@@ -309,15 +319,6 @@ class PushSumMachine:
         """Whether the books are being taken for the account."""
         return self.stage is Stage.OVER and self.ledgers[0].round_index == self.round_index
 
-    @property
-    def _lease_s(self) -> float:
-        """How long a parcel may be unacknowledged: as long as its receiver may wait for it."""
-        return max(self.patience.resend_s, self.patience.tick.value_s)
-
-    def _renew_leases(self) -> None:
-        for leases in self._leases:
-            leases.lease_s = self._lease_s
-
     def _carry_out(self, part: int, effects: list[LedgerEffect], note: Note | None = None) -> None:
         for effect in effects:
             match effect:
@@ -326,12 +327,15 @@ class PushSumMachine:
                     if isinstance(message, Parcel):
                         tick, share = self._ticks[peer, part, message.seq]
                     ref, copy_hash = (share.payload, share.copy_hash) if share is not None else (None, b"")
-                    self._out.append(Tell(peer, Note(part, tick, message, ref, copy_hash)))
+                    if peer not in self.clock.absent:
+                        self._out.append(Tell(peer, Note(part, tick, message, ref, copy_hash)))
                 case Credit():
                     early = note is not None and note.tick > self.clock.tick
                     (self._early if early else self._out).append(Move(part, effect, note))
                 case Settled(peer, seq) | Returned(peer, seq) | Lapsed(peer, seq):
-                    self._ticks.pop((peer, part, seq), None)
+                    tick, _ = self._ticks.pop((peer, part, seq))
+                    if not isinstance(effect, Lapsed):
+                        self._took.append(tick)
                     self._out.append(Move(part, effect))
                 case Unheard(peer, why):
                     raise PeerError(peer.short, why)
