@@ -170,8 +170,8 @@ class ReferenceAnchor(Anchor):
         except TooFewPeers:
             weights = [0.0] * len(items)
         shrink = self.mixing.late_percent / 100
-        mass = [
-            late_weight(weight, accounts[item.peer_id].behind, shrink)
+        mass = [  # who did no step has nothing to say, whatever the policy gives
+            late_weight(weight, accounts[item.peer_id].behind, shrink) if item.steps else 0.0
             for item, weight in zip(items, weights, strict=True)
         ]
         most = max(mass, default=0.0) or 1.0

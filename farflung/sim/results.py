@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-CAUSES = ("compute", "straggler", "mixing", "upload", "download", "latency", "codec", "disk", "deadline", "protocol")
+CAUSES = ("compute", "straggler", "upload", "download", "latency", "codec", "disk", "deadline", "protocol", "mixing")
 """Whose fault a second of a round's critical path is: training at the median member's pace; waiting for a slower one;
-mixing, where members do (from a certificate until the median member trains on); bulk bytes at a sender's or a
-receiver's line; propagation; encode, decode and aggregate; the disk; waiting for somebody who never spoke, until the
-deadline; everything else (votes, views, catching up)."""
+bulk bytes at a sender's or a receiver's line; propagation; encode, decode and aggregate; the disk; waiting for somebody
+who never spoke, until the deadline; everything else (votes, views, catching up); and in push-sum and pairs mode from a
+certificate until the median member has mixed."""
 
 SEGMENTS = ("train", "wait", "encode", "exchange", "aggregate", "offline")
 """What a member is seen doing in a Gantt chart; a segment's time belongs to exactly one."""

@@ -15,7 +15,7 @@ from farflung.aggregation.persistent_saved import decode_member, encode_member
 from farflung.protocol.errors import ConfigError, LocalError, PeerError
 from farflung.protocol.ledger.amounts import Amount
 from farflung.protocol.ledger.books import Ledger, Terms
-from farflung.protocol.ledger.effects import Returned, Send
+from farflung.protocol.ledger.effects import Refused, Returned, Send
 
 TERMS = Terms(fresh=False, window=2)
 RULE = parse_persistent("nesterov(lr=0.7,momentum=0.5)")
@@ -133,6 +133,17 @@ def test_a_share_travels_counts_once_and_is_let_go():
     assert total_of({peer(0): first, peer(1): second}).weight == 2.0
 
 
+def test_a_parcel_that_cannot_count_any_more_needs_no_numerator():
+    first, second = pair()
+    early = [parcel_of(first.give([(peer(1), 0.25)])) for _ in range(2)][1]
+    second.hear(peer(0), early, first.payload(peer(1), early.seq).clone())
+    before = encode_member(second)
+    assert parcel_of(second.hear(peer(0), early)).early == (early.seq,)
+    (refused,) = second.hear(peer(0), replace(early, generation=0))
+    assert isinstance(refused, Refused)
+    assert encode_member(second) == before
+
+
 def test_a_fenced_share_comes_home_and_the_late_parcel_counts_no_more():
     first, second = pair()
     parcel = parcel_of(first.give([(peer(1), 0.25)]))
@@ -209,7 +220,7 @@ def test_a_restored_member_is_the_same_to_the_byte_and_goes_on_alike(dtype, spec
     rule, terms, ends = parse_persistent(spec), Terms(fresh=False, window=3), []
     for restart in (False, True):
         first, second = pair(dtype, rule, terms)
-        parcels = []
+        first.sum.claim, parcels = 1.25, []
         for tick in range(4):
             for member in (first, second):
                 assert member.sum.update(torch.arange(D).to(dtype) * 0.1 * (tick + 1))

@@ -92,6 +92,12 @@ def test_the_roll_is_weights_shrunk_by_lateness_over_the_largest():
     assert anchor.roll.mass == (0.5, 1.0, 0.0)  # 10, 40 / (1 + 0.5 x 2), nothing
 
 
+def test_who_did_no_step_has_no_mass_whatever_the_policy():
+    anchor = anchor_of(Shelf(), weights="uniform")
+    apply(anchor, [Account(member, 0) for member in MEMBERS[:2]], [3, 0])
+    assert anchor.roll is not None and anchor.roll.mass == (1.0, 0.0)
+
+
 def test_members_who_all_did_nothing_have_no_mass():
     anchor = anchor_of(Shelf())
     apply(anchor, [Account(member, 0) for member in MEMBERS[:2]], [0, 0])
