@@ -12,6 +12,7 @@ the mean of the members' losses, in trials of half the length on a seed of their
 
 from __future__ import annotations
 
+import csv
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -33,7 +34,7 @@ from farflung.sim.bench.mixing_setting import (
     Persistent,
     PushSum,
 )
-from farflung.sim.bench.mixing_table import Entry, Line, lines_of, rows_of
+from farflung.sim.bench.mixing_table import Entry, Line, cells_of, lines_of, rows_of
 from farflung.sim.bench.runs import FinishedRuns
 from farflung.sim.report.drawing import house_settings, write_png
 
@@ -74,11 +75,14 @@ NOLOCO = "heavy-ball(lr=0.7,momentum=0.5)"
 PACES = (Pace(15, 2), Pace(9, 4), Pace(6, 2), Pace(4, 4))
 """Four times as fast as each other, evenly in between; batches differ so that tokens are not steps."""
 
+LOSS, LOSS_TWICE = 0.2, 0.04
+"""Of messages, and of those of them that are said once more."""
+
 WORST_CLAIM = 100_000
 """A cap on claims that nobody reaches here."""
 POLICIES = ("uniform", f"steps(cap={WORST_CLAIM})", f"tokens(cap={WORST_CLAIM})", f"fednova(cap={WORST_CLAIM})")
 
-LIES = ("sign-flip(scale=10)", "gaussian(scale=100)", "scale-poisoning", "dissensus")
+LIES = ("sign-flip(scale=10)", "gaussian(scale=100)", "scale-poisoning", "dissensus(scale=10)")
 LIARS = 2
 
 
@@ -117,15 +121,31 @@ def cooled() -> list[Entry]:
 def lossy() -> list[Entry]:
     """What 20 % message loss costs, each against the same exchange without."""
     forms: dict[str, Exchange] = {
-        "push-sum, K=4 (period)": PushSum(loss=0.2),
-        "push-sum, K=2": PushSum(2, loss=0.2),
-        "push-sum, K=1": PushSum(1, loss=0.2),
-        "pairs": Pairs(loss=0.2),
-        "persistent, K=1": Persistent(1, loss=0.2),
+        "push-sum, K=4 (period)": PushSum(loss=LOSS),
+        "push-sum, K=2": PushSum(2, loss=LOSS),
+        "push-sum, K=1": PushSum(1, loss=LOSS),
+        "pairs": Pairs(loss=LOSS),
+        "persistent, K=1": Persistent(1, loss=LOSS),
+    }
+    twice: dict[str, Exchange] = {
+        "push-sum, K=4 (period)": PushSum(loss=LOSS_TWICE),
+        "push-sum, K=2": PushSum(2, loss=LOSS_TWICE),
+        "pairs": Pairs(loss=LOSS_TWICE),
     }
     rows = [entry("20 % loss", f"{label}, 20 % loss", exchange, label) for label, exchange in forms.items()]
-    naive = PushSum(loss=0.2, ledger=False)
-    return [*rows, entry("20 % loss", "K=4, 20 % loss, no ledger", naive, "push-sum, K=4 (period)")]
+    whole = "push-sum, K=4 (period)"
+    return [
+        *rows,
+        entry("20 % loss", "push-sum, K=6, 20 % loss", PushSum(6, loss=LOSS), whole),
+        *(entry("20 % loss", f"{label}, 20 % loss, sent twice", exchange, label) for label, exchange in twice.items()),
+        entry("20 % loss", "push-sum, K=4, 20 % loss, no ledger", PushSum(loss=LOSS, ledger=False), whole),
+        entry(
+            "20 % loss",
+            "persistent, K=1, 20 % loss, no ledger",
+            Persistent(1, loss=LOSS, ledger=False),
+            "persistent, K=1",
+        ),
+    ]
 
 
 def coded() -> list[Entry]:
@@ -227,6 +247,7 @@ def publish_all(runs: FinishedRuns[MixSetting, MixOutcome], out: Path, pictures:
     lines = lines_of(runs, entries(), SEEDS, seeded)
     title = "Loss at the end, in nats per byte, and what it is over that of the row it is compared with"
     publish(out, "mixing", rows_of(lines), title=title, notes=verdicts(lines))
+    write_cells(out / "mixing_cells.csv", lines)
     if lines:
         pictures.mkdir(parents=True, exist_ok=True)
         seeds = max(line.seeds for line in lines)
@@ -237,6 +258,15 @@ def publish_all(runs: FinishedRuns[MixSetting, MixOutcome], out: Path, pictures:
         with house_settings():
             title = "What an exchange costs that is inexact, lossy, rounded, weighted or lied to"
             write_png(draw_gaps(lines, name="mixing_gaps", title=title, caption=caption), pictures)
+
+
+def write_cells(path: Path, lines: Sequence[Line]) -> None:
+    """Everything about every row."""
+    cells = cells_of(lines)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(cells[0]) if cells else [])
+        writer.writeheader()
+        writer.writerows(cells)
 
 
 def verdicts(lines: Iterable[Line]) -> list[str]:

@@ -104,7 +104,7 @@ class Play:
             start_members=MEMBERS - self.faulty,
             snapshot_rounds=3,
             mixing=Mixing(reference_rounds=5),
-            timing=Timing(grace_ms=3_000, deadline_ceiling_ms=60_000, resend_ms=500),
+            timing=Timing(grace_ms=3_000, deadline_floor_ms=30_000, deadline_ceiling_ms=60_000, resend_ms=500),
         )
 
     # -- processes ----------------------------------------------------------------------------------------------------

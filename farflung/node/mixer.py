@@ -16,11 +16,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from torch import Tensor
+
 from farflung.aggregation.pairs import Radius
 from farflung.node.anchor import Trial
 from farflung.node.blobs import BlobExchange
 from farflung.node.mixing_round import MixingRound, begin_round
-from farflung.node.reference import ReferenceAnchor
+from farflung.node.reference import ReferenceAnchor, Roll
 from farflung.node.replica import Replica
 from farflung.node.runtime import Clock, Transport
 from farflung.protocol.blob import BlobRef, blob_digest, chunk_digest
@@ -108,10 +110,13 @@ class Mixer:
     def begin(self, manifest: Manifest) -> None:
         """A certificate was applied: mix with whom it lists. Without this member on the list nothing happens.
 
-        `anchor.roll` is this certificate's.
+        `anchor.roll` is this certificate's. Should this member still mix after the one before, others have gone on
+        without it: it ends that mixing, which partners may be waiting for, and has missed this round.
         """
         ways, roll = self.ways, self.ways.anchor.roll
         assert roll is not None
+        if self._task is not None:
+            return
         self._slot = manifest.slot
         early = self._early.pop(manifest.round_index, deque())
         self._early = {index: notes for index, notes in self._early.items() if index > manifest.round_index}
@@ -119,11 +124,15 @@ class Mixer:
         if ways.me not in roll.members or not any(roll.mass):
             ways.replica.stay(manifest.round_index)
             return
+        if ways.replica.phi_round != manifest.round_index:  # announced by the process before this one
+            self.sit_out(manifest)
+            ways.replica.stay(manifest.round_index)
+            return
         self.busy = True
         self._queue = asyncio.Queue()
         for message in early:
             self.hear(message)
-        self._task = ways.spawn(self._run(manifest), f"mix {manifest.round_index}")
+        self._task = ways.spawn(self._run(manifest, roll, ways.anchor.theta_d), f"mix {manifest.round_index}")
 
     def after(self, manifest: Manifest, trial: Trial) -> Trial:
         """A certificate was applied: require that all mass was there, then mix; the trial with this mixer's numbers.
@@ -140,9 +149,9 @@ class Mixer:
         return trial._replace(numbers=trial.numbers | mine)
 
     def sit_out(self, manifest: Manifest) -> None:
-        """This process came up after the certificate: φ is gone, so whoever waits for this member is told not to."""
+        """This process came up after the announcement: φ is gone, so whoever waits for this member is told not to."""
         self._slot = manifest.slot
-        self.account = Account(self.ways.me, 0, why="started after the round's certificate")
+        self.account = Account(self.ways.me, 0, why="started after its announcement")
 
     def hear(self, message: Message) -> None:
         """A partner's note; what is of a round to come is kept."""
@@ -214,9 +223,9 @@ class Mixer:
 
     # -- one round ----------------------------------------------------------------------------------------------------
 
-    async def _run(self, manifest: Manifest) -> None:
+    async def _run(self, manifest: Manifest, roll: Roll, reference_d: Tensor) -> None:
         ways, began_s = self.ways, self.ways.clock.now_s()
-        current = self._round = await self._think(lambda: begin_round(self, manifest, began_s))
+        current = self._round = await self._think(lambda: begin_round(self, manifest, roll, reference_d, began_s))
         machine = current.machine
         await self._carry_out(machine.begin(ways.clock.now_s()))
         while machine.stage is not Stage.OVER:
@@ -234,9 +243,9 @@ class Mixer:
         self.numbers = await self._think(lambda: current.finish(trained))
         self.radii = current.radii(self.radii)
         self.numbers |= {"seconds": ways.clock.now_s() - began_s, "given_up": float(machine.clock.given_up)}
+        while not self._queue.empty():  # what came in meanwhile is late; the next round may begin from here on
+            self._say_late(self._queue.get_nowait())
         self._task, self.busy = None, False
-        while not self._queue.empty():  # what came in meanwhile is answered as late
-            await self._carry_out(self._queue.get_nowait()(ways.clock.now_s()))
         ways.over()
 
     async def _carry_out(self, effects: list[Any]) -> None:
@@ -269,9 +278,14 @@ class Mixer:
                     await self._carry_out(current.machine.closed(self.ways.clock.now_s()))
 
     async def _think(self, work: Callable[[], Any]) -> Any:
-        """In a thread, one thing at a time: vectors are not for two."""
+        """In a thread, one thing at a time: vectors are not for two. If cancelled, it first waits for the thread."""
         async with self._vectors:
-            return await self.ways.in_thread(work)
+            task = asyncio.ensure_future(self.ways.in_thread(work))
+            try:
+                return await asyncio.shield(task)
+            except asyncio.CancelledError:
+                await asyncio.gather(task, return_exceptions=True)
+                raise
 
     # -- vectors ------------------------------------------------------------------------------------------------------
 
@@ -295,7 +309,7 @@ class Mixer:
             if self._task is not None:
                 self._queue.put_nowait(lambda now_s: step(peer, note, now_s))
             else:
-                await self._carry_out(step(peer, note, self.ways.clock.now_s()))
+                self._say_late(lambda now_s: step(peer, note, now_s))
 
     async def _fetch(self, current: MixingRound, peer: PeerId, note: Note) -> bytes:
         ref, record = note.payload, self.ways.record_of(peer)
@@ -331,9 +345,12 @@ class Mixer:
 
     def _answer(self, peer: PeerId, note: Note) -> None:
         """The round is over here: say what became of a parcel, or what was offered."""
-        assert self._round is not None
+        self._say_late(lambda now_s: self._machine_hears(peer, note, now_s))
+
+    def _say_late(self, step: Callable[[float], list[Effect]]) -> None:
+        """The books are closed: whatever a step would do, only what it says to partners still matters."""
         try:
-            effects = self._round.machine.hear(peer, note, self.ways.clock.now_s())
+            effects = step(self.ways.clock.now_s())
         except PeerError as error:
             log.debug("late note: %s", error)
             return

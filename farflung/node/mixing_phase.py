@@ -95,6 +95,7 @@ class MixingPhase(LocalPhase):
             steps = tokens = 0
         else:
             self.replica.note_end(result.delta_d)
+        self.replica.phi_round = result.round_index
         parent = self._parent
         assert parent is not None
         behind = max(0, parent.trained - self.replica.trained)

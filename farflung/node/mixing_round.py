@@ -18,7 +18,7 @@ from farflung.aggregation.outer import norm
 from farflung.aggregation.pairs import Claims, PairRound, Radius
 from farflung.node.carriers import FlowCarrier, MassCarrier, PairCarrier, Share, WholeCarrier, totals_of
 from farflung.node.mixing_codec import MixingCodec, cut
-from farflung.node.reference import ReferenceAnchor
+from farflung.node.reference import Roll
 from farflung.node.replica import Replica
 from farflung.protocol.errors import LocalError
 from farflung.protocol.identity import PeerId
@@ -142,12 +142,13 @@ class MixingRound:
         return None if pair is None else Mass(pair.z_d, 1.0, threads=self.threads)
 
 
-def begin_round(mixer: Mixer, manifest: Manifest, now_s: float) -> MixingRound:
-    """What a certificate asks of this member, with fresh mass. Costs a pass over the parameters."""
+def begin_round(mixer: Mixer, manifest: Manifest, roll: Roll, reference_d: Tensor, now_s: float) -> MixingRound:
+    """What a certificate asks of this member, with fresh mass. Costs a pass over the parameters.
+
+    `roll` and `reference_d` are as this certificate left them: the anchor may be further when the vectors are made.
+    """
     ways, patience = mixer.ways, mixer.patience
-    genesis, anchor, replica = ways.genesis, ways.anchor, ways.replica
-    mixing, roll = genesis.mixing, anchor.roll
-    assert roll is not None
+    genesis, anchor, replica, mixing = ways.genesis, ways.anchor, ways.replica, ways.genesis.mixing
     me = roll.members.index(ways.me)
     graph = parse_graph(mixing.graph)
     n = len(roll.members)
@@ -160,15 +161,13 @@ def begin_round(mixer: Mixer, manifest: Manifest, now_s: float) -> MixingRound:
     behind = manifest.trained - 1 - replica.trained
     common = (ways.me, manifest.round_index, plans)
     if genesis.mode == "pairs":
-        rounds = _pairs(phi_d, replica, anchor, roll.mass[me], codec, mixer.radii)
+        rounds = _pairs(phi_d, reference_d, replica, roll.mass[me], codec, mixer.radii, anchor.threads)
         began = tuple(Sums(0.0, 0.0, 0.0, 0.0) if pair is None else _pair_sums(pair) for pair in rounds)
         carrier: Any = PairCarrier(rounds, codec, manifest.round_index)
         machine: Any = PairMachine(*common, mixing.fragments, patience, ways.heard, now_s)
     else:
         weights = [roll.mass[me]] * mixing.fragments
-        holding = push_sum.begin(
-            me, plan, phi_d, anchor.theta_d, weights, fragments=codec.parts, threads=anchor.threads
-        )
+        holding = push_sum.begin(me, plan, phi_d, reference_d, weights, fragments=codec.parts, threads=anchor.threads)
         began = tuple(mass.sums() for mass in holding.masses)
         given = (holding, roll.members, codec, manifest.round_index, anchor.terms, float(n))
         gamma = mixing.gamma_percent / 100
@@ -184,7 +183,7 @@ def begin_round(mixer: Mixer, manifest: Manifest, now_s: float) -> MixingRound:
         began,
         behind,
         replica,
-        anchor.theta_d,
+        reference_d,
         anchor.threads,
     )
 
@@ -197,15 +196,21 @@ def _scaled(replica: Replica, scale: float) -> Tensor:
 
 
 def _pairs(
-    phi_d: Tensor, replica: Replica, anchor: ReferenceAnchor, mass: float, codec: MixingCodec, radii: Sequence[Radius]
+    phi_d: Tensor,
+    reference_d: Tensor,
+    replica: Replica,
+    mass: float,
+    codec: MixingCodec,
+    radii: Sequence[Radius],
+    threads: int,
 ) -> tuple[PairRound | None, ...]:
     """A round of every fragment. Its own movement is that of this local phase: the reference may be old."""
-    claims, threads = Claims(PAIR_WEIGHT_MIN, 1.0), anchor.threads
+    claims = Claims(PAIR_WEIGHT_MIN, 1.0)
     if mass < claims.floor:
         return (None,) * len(codec.parts)
     rounds = []
     for at, radius in zip(codec.parts, radii, strict=True):
-        pair = pairs.begin(phi_d[at], anchor.theta_d[at], mass, radius, claims, threads=threads)
+        pair = pairs.begin(phi_d[at], reference_d[at], mass, radius, claims, threads=threads)
         pair.movement = norm(phi_d[at] - replica.theta_d[at], threads=threads)
         rounds.append(pair)
     return tuple(rounds)

@@ -16,6 +16,7 @@ from fractions import Fraction
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from farflung.aggregation.mass import late_weight
 from farflung.aggregation.rule import Evidence
@@ -153,7 +154,8 @@ class ReferenceAnchor(Anchor):
         manifest, self.roll, self.audited, taken = following
         if taken:
             with self.lock:
-                self.theta_d, self._next_theta_d = self._next_theta_d, self.theta_d
+                # A mixing that is still under way measures from the old one: its room is not for the next.
+                self.theta_d, self._next_theta_d = self._next_theta_d, torch.empty_like(self.theta_d)
                 self.state, self._next_state = self._next_state, self.state
             self.reference_trained, self._ref = self.trained, trial.ref
         self.trained = manifest.trained

@@ -29,6 +29,8 @@ class Replica:
         self.state: State = tuple(torch.zeros(d) for _ in outer.state_names)
         self.phi_d = torch.zeros(d)
         """The parameters after the local phase that was announced last."""
+        self.phi_round = 0
+        """The round of that local phase; 0: none in this process. φ is not kept over restarts."""
         self.lock = threading.Lock()
         self.round_index = 0
         """The round after which training stands on these parameters."""

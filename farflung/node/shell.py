@@ -150,11 +150,12 @@ class Node:
             while not self._left.is_set():
                 self.machine = None  # what still runs for the one before finds that it is gone
                 self._forget_fetches()
+                if self.mixer is not None:
+                    await self.mixer.stop()  # nothing is heard any more, and its reference is about to be overwritten
                 async with self._trying:
                     tip = await self.sync.reach_tip(self._pool)
                 self.local.reached(tip.manifest)
                 if self.mixer is not None:
-                    await self.mixer.stop()
                     self.mixer.sit_out(tip.manifest)
                 self.local.overtaken(lambda index: self.sync.certificate(index).manifest, tip.manifest.round_index)
                 for source in self.sync.kept_sources():

@@ -300,20 +300,21 @@ class StateSync:
     def kept_sources(self) -> list[BlobSource]:
         """Everything on disk that others may ask for: the newest snapshots and payloads."""
         sources: list[BlobSource] = []
-        for round_index in self.store.snapshots.rounds():
-            snapshot = self.store.snapshot_source(round_index)
-            if snapshot is not None:
-                sources.append(snapshot)
         for digest in self.store.blobs.blobs():
             payload = self.store.blob(digest)
             if payload is not None:
                 sources.append(payload)
+        for round_index in self.store.snapshots.rounds():  # last: a reference is a snapshot's state, and pruned first
+            snapshot = self.store.snapshot_source(round_index)
+            if snapshot is not None:
+                sources.append(snapshot)
         return sources
 
     def prune(self, in_use: Collection[bytes]) -> list[bytes]:
-        """Drop payloads that the older of the two newest snapshots has made superfluous; returns their digests.
+        """Drop payloads that the older of the two newest snapshots has made superfluous; returns what is gone by that.
 
-        Equal updates have equal digests: what a later round lists as well stays, and so does what is `in_use` now.
+        Equal updates have equal digests: what a later round lists as well stays, and so does what is `in_use` now. A
+        reference that goes with its account is still here as long as it is the state of a snapshot.
         """
         rounds = sorted(self.store.snapshots.rounds())
         oldest = rounds[-2] if len(rounds) > 1 else -1
@@ -328,7 +329,8 @@ class StateSync:
         dropped += [ref.digest for ref in further if ref is not None and ref.digest not in kept]
         for digest in dropped:
             self.store.drop(digest)
-        return dropped
+        states = {self.certificate(index).state_digest for index in rounds}
+        return [digest for digest in dropped if digest not in states]
 
     def _payload_digests(self, round_index: int) -> set[bytes]:
         data = self.store.certificate(round_index)

@@ -222,7 +222,7 @@ def test_weighted_members_take_weighted_steps():
 # I-1, I-2: nothing is lost
 
 
-def storm(seed, ticks=20, d=5, dtype=torch.float64):
+def storm(seed, ticks=14, d=5, dtype=torch.float64):
     """A schedule of loss, repeats, delay, joins, leaves and steps; what the sums should be and are after every tick."""
     dice = random.Random(seed)
     weights = [dice.choice([0.5, 1.0, 3.0]) for _ in range(dice.randint(2, 7))]
@@ -275,7 +275,7 @@ def test_mass_is_conserved_in_fp32(seed):
 @pytest.mark.soak
 @pytest.mark.parametrize("first", range(1000, 11_000, 500))
 def test_mass_is_conserved_over_ten_thousand_schedules(first):
-    assert all(check_storm(seed).tick == 20 for seed in range(first, first + 500))
+    assert all(check_storm(seed, ticks=20).tick == 20 for seed in range(first, first + 500))
 
 
 def test_the_same_events_give_the_same_bytes():
@@ -344,7 +344,7 @@ def test_in_bad_weather_the_floor_holds_weights_up():
     lowest = {}
     for floor in (OPEN, FLOOR, 0.25):
         members, post, seen = members_of(vectors(1, 16, 1), floor=floor), Post(), []
-        for tick in range(400):
+        for tick in range(250):
             mixing = plan_tick(parse_graph("one-peer-exponential"), 16, tick, run_id=b"run")
             post.carry(members, mixing, fate=rough_fate(3))
             seen += [member.mass.weight for member in members]

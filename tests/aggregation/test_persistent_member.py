@@ -135,11 +135,11 @@ def test_a_share_travels_counts_once_and_is_let_go():
 
 def test_a_parcel_that_cannot_count_any_more_needs_no_numerator():
     first, second = pair()
-    early = [parcel_of(first.give([(peer(1), 0.25)])) for _ in range(2)][1]
+    missing, early = [parcel_of(first.give([(peer(1), 0.25)])) for _ in range(2)]
     second.hear(peer(0), early, first.payload(peer(1), early.seq).clone())
     before = encode_member(second)
     assert parcel_of(second.hear(peer(0), early)).early == (early.seq,)
-    (refused,) = second.hear(peer(0), replace(early, generation=0))
+    (refused,) = second.hear(peer(0), replace(missing, generation=0))
     assert isinstance(refused, Refused)
     assert encode_member(second) == before
 

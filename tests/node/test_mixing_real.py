@@ -4,18 +4,24 @@ import json
 import sys
 import threading
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from small_world import eventually
 
 from farflung.node import opening
 from farflung.node.flat import read_parameters
 from farflung.node.founding import found_run
 from farflung.node.join import join
+from farflung.node.mixer import Mixer
+from farflung.node.mixing_round import MixingRound
 from farflung.node.run_file import RunFile
+from farflung.node.state_sync import StateSync
 from farflung.node.store import open_home
-from farflung.node.tasks import load_described
+from farflung.node.swarm import Swarm
+from farflung.node.tasks.load import load_task
 from farflung.protocol.genesis import Timing
 from farflung.protocol.mixing.settings import Mixing
 
@@ -41,9 +47,10 @@ class Player(threading.Thread):
     def __init__(self, index: int, invite: str, home: Path, listen: str) -> None:
         super().__init__(name=f"player {index}", daemon=True)
         self.index, self.invite, self.home, self.listen = index, invite, home, listen
-        self.model = load_described({"name": "builtin:linear", "options": OPTIONS}).build_model()
+        self.model = load_task("builtin:linear", OPTIONS).build_model()
         self.held: dict[int, torch.Tensor] = {}
         """Trained rounds -> this member's parameters then."""
+        self.swarm: Swarm | None = None
         self.error: BaseException | None = None
 
     def run(self) -> None:
@@ -55,10 +62,11 @@ class Player(threading.Thread):
     def _play(self) -> None:
         optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
         where = {"home": self.home, "listen": self.listen, "discovery": "rendezvous"}
-        with join(self.invite, self.model, optimizer, **where, on_adopt=self._note) as swarm:
+        with join(self.invite, self.model, optimizer, **where, on_adopt=self._note) as self.swarm:
+            swarm = self.swarm
             while not swarm.finished:
                 with torch.no_grad():
-                    self.model.weight.sub_(movement(self.index, swarm.view.trained))
+                    self.model.weight.sub_(movement(self.index, swarm.view().trained))
                 swarm.step(1)
 
     def _note(self, view) -> None:
@@ -67,10 +75,8 @@ class Player(threading.Thread):
         self.held[view.trained] = theta_d
 
 
-def play(root: Path, codec: str, faults: Faults, monkeypatch) -> list[Player]:
-    """A whole run, from founding it to its end."""
-    monkeypatch.setattr(LossyTransport, "faults", faults)
-    monkeypatch.setattr(opening, "GrpcTransport", LossyTransport)
+def found(root: Path, codec: str, timing: Timing) -> list[Player]:
+    """A new run and its members, who wait to be started."""
     run = RunFile(
         task="builtin:linear",
         task_options=OPTIONS,
@@ -80,12 +86,17 @@ def play(root: Path, codec: str, faults: Faults, monkeypatch) -> list[Player]:
         inner_steps=1,
         rounds=ROUNDS,
         start_members=MEMBERS,
-        timing=PATIENT,
+        snapshot_rounds=1,
+        timing=timing,
         mixing=Mixing(reference_rounds=2, settle_ms=20_000, silence_ms=60_000),
     )
     founded = found_run(run, open_home(root / "0"), listen="127.0.0.1:0")
     listens = [founded.listen] + ["127.0.0.1:0"] * (MEMBERS - 1)
-    players = [Player(i, str(founded.invite), root / str(i), listen) for i, listen in enumerate(listens)]
+    return [Player(i, str(founded.invite), root / str(i), listen) for i, listen in enumerate(listens)]
+
+
+def play(players: list[Player]) -> None:
+    """From the start to the run's end. Raises what ended a member."""
     for player in players:
         player.start()
     for player in players:
@@ -94,7 +105,21 @@ def play(root: Path, codec: str, faults: Faults, monkeypatch) -> list[Player]:
         if player.error is not None:
             raise player.error
         assert not player.is_alive()
-    return players
+
+
+def watch_pruning(monkeypatch) -> list[tuple[set[bytes], set[bytes], set[bytes]]]:
+    """Of every pruning: what is served no longer, what was dropped from disk, and the states of snapshots kept."""
+    seen, prune = [], StateSync.prune
+
+    def watched(self, in_use):
+        before = set(self.store.blobs.blobs())
+        gone = prune(self, in_use)
+        kept = {self.certificate(index).state_digest for index in self.store.snapshots.rounds()}
+        seen.append((set(gone), before - set(self.store.blobs.blobs()), kept))
+        return gone
+
+    monkeypatch.setattr(StateSync, "prune", watched)
+    return seen
 
 
 def round_logs(root: Path) -> list[list[dict]]:
@@ -105,7 +130,13 @@ def round_logs(root: Path) -> list[list[dict]]:
 @pytest.mark.parametrize("codec", ["fp32", "int8"])
 def test_what_is_lost_on_the_way_is_said_again_and_counts_once(codec, tmp_path, monkeypatch):
     faults = Faults(seed=3, bulk=0.2, notes=0.2, log=str(tmp_path / "faults"))
-    players = play(tmp_path, codec, faults, monkeypatch)
+    monkeypatch.setattr(LossyTransport, "faults", faults)
+    monkeypatch.setattr(opening, "GrpcTransport", LossyTransport)
+    players = found(tmp_path, codec, PATIENT)
+    pruned = watch_pruning(monkeypatch)
+    play(players)
+    assert not any(gone & kept for gone, _, kept in pruned)  # states that joiners ask for
+    assert any(dropped & kept for _, dropped, kept in pruned)  # although the accounts that brought them are dropped
     fates = Counter(tuple(json.loads(line)[1:]) for line in (tmp_path / "faults").read_text().splitlines())
     assert min(fates["vector", "request lost"], fates["vector", "answer lost"], fates["note", "lost"]) > 0
 
@@ -124,3 +155,31 @@ def test_what_is_lost_on_the_way_is_said_again_and_counts_once(codec, tmp_path, 
         torch.testing.assert_close(held_nd.mean(0), mean_d, rtol=0, atol=2e-5)
         spread = (held_nd - mean_d).abs().max()
         assert spread < (2e-5 if codec == "fp32" else 0.1)
+
+
+def test_others_go_on_without_a_member_that_still_mixes_and_it_follows(tmp_path, monkeypatch):
+    slow_in, heard, finish = 3, [], MixingRound.finish
+    players = found(tmp_path, "fp32", replace(PATIENT, grace_ms=4_000))
+    slow, other = players[-1], players[0]
+
+    def finish_late(self, trained):
+        """Until the others have certified the next round; a note of this round comes in meanwhile."""
+        mixer = slow.swarm._member.node.mixer if slow.swarm is not None else None
+        if mixer is not None and self.me == mixer.ways.me and trained == slow_in:
+            slow.swarm._member._call(lambda: mixer.hear(heard[-1]))
+            eventually(lambda: max(other.held) > slow_in)
+        return finish(self, trained)
+
+    def hear(self, message):
+        if slow.swarm is not None and self is slow.swarm._member.node.mixer and self.busy:
+            heard.append(message)
+        listen(self, message)
+
+    listen = Mixer.hear
+    monkeypatch.setattr(MixingRound, "finish", finish_late)
+    monkeypatch.setattr(Mixer, "hear", hear)
+    play(players)
+    behind = [entry["mix_behind"] for entry in round_logs(tmp_path)[-1] if "mix_behind" in entry]
+    assert max(behind) > 0
+    held_nd = torch.stack([player.held[ROUNDS] for player in players])
+    torch.testing.assert_close(held_nd, held_nd[:1].expand_as(held_nd), rtol=0, atol=2e-5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -40,6 +41,8 @@ class Truth:
     credited: dict[Key, None] = field(default_factory=dict)
     home: dict[Key, None] = field(default_factory=dict)
     settled: dict[Key, None] = field(default_factory=dict)
+    void: dict[Key, None] = field(default_factory=dict)
+    """Counted by a member that has lost its memory since, and home again."""
 
     def adrift(self) -> list[Key]:
         return [key for key in self.sent if key not in self.credited and key not in self.home]
@@ -66,11 +69,15 @@ class MassMember(Member):
         super().__post_init__()
         parts = len(self.weights)
         edges = [D * part // parts for part in range(parts + 1)]
-        cuts = tuple(slice(*edge) for edge in zip(edges, edges[1:], strict=False))
+        cuts = tuple(slice(*edge) for edge in itertools.pairwise(edges))
         zero_d = torch.zeros(D, dtype=torch.float64)
         self.holding = push_sum.begin(self.index, self.mixings, self.phi_d, zero_d, self.weights, fragments=cuts)
         self.exact = [Fraction(weight) for weight in self.weights]
         self.totals = [(mass.sums().total, mass.sums().magnitude) for mass in self.holding.masses]
+
+    def crash(self) -> None:
+        super().crash()
+        self.account = None
 
     def build(self, now_s: float) -> PushSumMachine:
         opened = tuple(Fraction(weight) for weight in self.weights)
@@ -101,7 +108,8 @@ class MassMember(Member):
         return ref
 
     def fetched(self, peer: PeerId, note: Note) -> None:
-        assert note.payload is not None and isinstance(note.content, Parcel)
+        assert note.payload is not None
+        assert isinstance(note.content, Parcel)
         key = self.truth.blobs[note.payload.digest]
         if key != (peer, self.me, note.fragment, note.content.seq):
             raise Broken(f"{note} names the vector of {key}")
@@ -117,6 +125,8 @@ class MassMember(Member):
             key = (moved.peer, self.me, part, moved.seq)
             if key in truth.credited or key in truth.home or truth.sent.get(key) != moved.amount.mass:
                 raise Broken(f"{key} is counted twice, or came home, or changed")
+            if self.terms.window == 1 and any(k[:3] == key[:3] and k[3] > key[3] for k in truth.credited):
+                raise Broken(f"{key} is counted after a later one of its edge")
             truth.credited[key] = None
             self.exact[part] += moved.amount.mass
             self.holding.masses[part].absorb(self.read.pop(key))
@@ -127,7 +137,9 @@ class MassMember(Member):
         mass = self.escrow.pop(key)
         if isinstance(moved, Returned):
             if key in truth.credited:
-                raise Broken(f"{key} is counted and came home")
+                if self.world.by_id[moved.peer].machine is not None:
+                    raise Broken(f"{key} is counted and came home")
+                truth.void[key] = None
             truth.home[key] = None
             self.exact[part] += moved.amount.mass
             self.holding.masses[part].absorb(mass)
@@ -213,12 +225,14 @@ def check_mass(world: World) -> None:
     for part in range(len(members[0].weights)):
         adrift = [key for key in truth.adrift() if key[2] == part]
         opened = sum(Fraction(member.weights[part]) for member in members)
-        here = sum(member.exact[part] for member in members)
+        void = [key for key in truth.void if key[2] == part]
+        here = sum(member.exact[part] for member in members) - sum(truth.sent[key] for key in void)
         if here + sum(truth.sent[key] for key in adrift) != opened:
             raise Broken(f"mass is not conserved: {float(here)} of {float(opened)}")
         began_d = sum(m.phi_d[m.holding.fragments[part]] * m.weights[part] for m in members)
         now_d = sum((m.holding.masses[part].numerator_d for m in members), torch.zeros_like(began_d))
         now_d = now_d + sum((truth.vectors[key].numerator_d for key in adrift), torch.zeros_like(began_d))
+        now_d = now_d - sum((truth.vectors[key].numerator_d for key in void), torch.zeros_like(began_d))
         if not torch.allclose(now_d, began_d, rtol=0, atol=1e-9):
             raise Broken(f"numerators are off by {(now_d - began_d).abs().max()}")
         for member in members:

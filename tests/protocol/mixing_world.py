@@ -22,13 +22,13 @@ from farflung.protocol.blob import BlobRef
 from farflung.protocol.deadline import AdaptiveDeadline
 from farflung.protocol.identity import PeerId
 from farflung.protocol.mixing.clockwork import Patience, TickPlan, plans_of
-from farflung.protocol.mixing.notes import Absent, Note
+from farflung.protocol.mixing.notes import Absent, Fence, Note, Parcel, Receipt
 from farflung.protocol.mixing.push_sum import Close, Get, Split, Stage, Tell
 
 RUN_ID, ROUND = bytes(20), 7
 BEAT_S, BEAT_DELAY_S = 0.5, 0.2
 """Members say something this often, whatever they do, and it takes so long."""
-STEPS_MAX = 40_000
+STEPS_MAX = 12_000
 
 
 class Broken(AssertionError):
@@ -168,16 +168,27 @@ class Member(ABC):
             self.hear(peer, note, now_s)
 
     def crash(self) -> None:
+        """All of this round is in memory, and gone: the account too, which has not been announced yet."""
         self.machine, self.stamp = None, self.stamp + 1
 
     def hear(self, peer: PeerId, note: Note, now_s: float) -> None:
         if self.down_s <= now_s:
-            if note.content is not None and not isinstance(note.content, Absent):
-                self.world.tell(self, peer, Note(note.fragment, note.tick, self.world.decline))
+            self._decline(peer, note)
         elif self.machine is None:
             self.early.append((peer, note))
         else:
             self.carry_out(self.machine.hear(peer, note, now_s), now_s)
+
+    def _decline(self, peer: PeerId, note: Note) -> None:
+        """What a restarted member counted before is gone with it: whatever its partners still have goes home."""
+        content, told = note.content, []
+        if isinstance(content, Parcel | Fence):
+            end = content.seq + 1 if isinstance(content, Parcel) else content.epoch
+            told.append(Receipt(content.generation, content.epoch, end, (), tuple(range(content.oldest, end))))
+        if content is not None and not isinstance(content, Absent):
+            told.append(Absent() if self.world.says_absent else None)
+        for answer in told:
+            self.world.tell(self, peer, Note(note.fragment, note.tick, answer))
 
     def got(self, stamp: int, peer: PeerId, note: Note, came: bool, now_s: float) -> None:
         if self.machine is None or stamp != self.stamp:
@@ -255,6 +266,8 @@ class Member(ABC):
         partners = [peer for tick in alone.plan for peer in (*tick.sends, *tick.awaits)]
         alone.heard = {peer: self.machine.heard(peer) for peer in partners}.get
         shadow = copy.deepcopy(alone)
+        if soon_s == wake_s:
+            return  # no number lies between
         if shadow.tick(soon_s) or shadow.stage is not self.machine.stage:
             raise Broken(f"something was due at {soon_s}, and it would have slept until {wake_s}")
 
@@ -274,8 +287,10 @@ class World:
     log: list[tuple[float, PeerId, Any]] = field(default_factory=list)
     drop: Callable[[PeerId, PeerId, Note], bool] = lambda sender, receiver, note: False
     """Notes that are lost besides those that the weather takes."""
-    decline: Absent | None = field(default_factory=Absent)
-    """What who came back says to everything; None: only that it has nothing for this tick."""
+    says_absent: bool = True
+    """Or who came back says of every tick that it has nothing."""
+    slow: dict[PeerId, float] = field(default_factory=dict)
+    """Members on slow lines: so many seconds more for every vector, in either direction."""
     steps: int = 0
     _heap: list[tuple[float, int, Callable[[float], None]]] = field(default_factory=list)
     _order: int = 0
@@ -346,6 +361,7 @@ class World:
         self.count("fetch")
         dice, sender = self.dice, self.by_id[peer]
         fails, takes_s = dice.random() < self.weather.fetch_fails, dice.uniform(*self.weather.fetch_s)
+        takes_s += self.slow.get(peer, 0.0) + self.slow.get(receiver.me, 0.0)
 
         def come(now_s: float) -> None:
             came = not fails and sender.machine is not None and sender.is_up(now_s)

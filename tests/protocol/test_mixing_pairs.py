@@ -21,6 +21,8 @@ from farflung.protocol.mixing.push_sum import Close, Get, Split, Stage, Tell
 GRAPHS = ("random-matching", "base(k=1)", "ou-equidyn")
 LOSSY = Weather(0.3, 0.2, (0.01, 0.4), 0.1, 3.0, (0.02, 1.2), 0.2, 3.0, 0.2)
 """Everything but crashes."""
+DOUBLED = Weather(double=1.0, delay_s=(0.01, 2.0))
+"""Of everything a second one comes, often after the first has done its work."""
 PATIENT = Waits(floor_s=90.0, ceiling_s=90.0, silence_s=90.0, resend_s=0.8)
 RIGHT_HEAR = PairMachine.hear
 
@@ -47,7 +49,9 @@ def test_meetings_move_both_alike_and_everybody_ends_in_time_on_every_seed():
     for seed in range(150):
         for name, count in lived(seed).counts.items():
             events[name] = events.get(name, 0) + count
-    assert events["one-sided"] and events["Absent"] and events["met"] > 3 * events["one-sided"]
+    assert events["one-sided"]
+    assert events["Absent"]
+    assert events["met"] > 2 * events["one-sided"]
 
 
 @pytest.mark.soak
@@ -64,7 +68,8 @@ def test_while_nobody_is_silent_a_lost_note_costs_time_and_nothing_else():
         world.check_time()
         assert check_meetings(world) == 0
         for member in world.members:
-            assert isinstance(member, PairMember) and member.machine.clock.given_up == 0
+            assert isinstance(member, PairMember)
+            assert member.machine.clock.given_up == 0
             assert len(member.moves) == len(member.rounds) * sum(len(tick.sends) for tick in member.plan)
 
 
@@ -82,20 +87,21 @@ def test_calm_pairs_of_an_exact_graph_come_together():
 
 
 def test_who_has_nothing_is_moved_and_moves_nobody():
-    world = pair_world(2, CALM, PairSetting(2, "random-matching", 3, weight=lambda index: float(index)))
+    world = pair_world(2, CALM, PairSetting(2, "random-matching", 3, weight=float))
     world.run()
     idle, busy = world.members
-    assert isinstance(idle, PairMember) and isinstance(busy, PairMember)
-    assert len(idle.moves) == 3 and not busy.moves
+    assert isinstance(idle, PairMember)
+    assert isinstance(busy, PairMember)
+    assert len(idle.moves) == 3
+    assert not busy.moves
     assert max(idle.over_s, busy.over_s) < 3.0
 
 
 def test_an_answer_is_not_answered():
     """Two who have met would otherwise go on for ever: one note sent twice is enough."""
-    weather = replace(CALM, double=1.0)
-    world = pair_world(3, weather, PairSetting(2, "random-matching", 3)).run()
+    world = pair_world(3, DOUBLED, PairSetting(2, "random-matching", 3)).run()
     assert check_meetings(world) == 0
-    assert world.counts["Offer"] <= 2 * 3 * 3
+    assert world.counts["Offer"] < 60
 
 
 # -- one machine held in the hand -------------------------------------------------------------------------------------
@@ -126,8 +132,10 @@ def test_what_comes_ahead_of_time_waits_for_the_own_offer():
     machine.hear(OTHER, offer(0), 0.3)
     assert machine.arrived(OTHER, offer(0), 0.4) == [Meet(OTHER, offer(0)), Split(1)]
     told, met, close = machine.post(1, MINE, 0.5)
-    assert isinstance(told, Tell) and (met, close) == (Meet(OTHER, offer(1)), Close())
-    assert machine.stage is Stage.OVER and machine.closed(0.5) == []
+    assert isinstance(told, Tell)
+    assert (met, close) == (Meet(OTHER, offer(1)), Close())
+    assert machine.stage is Stage.OVER
+    assert machine.closed(0.5) == []
 
 
 def test_after_a_meeting_repeats_are_answered_once_each_and_change_nothing():
@@ -137,7 +145,8 @@ def test_after_a_meeting_repeats_are_answered_once_each_and_change_nothing():
     machine.arrived(OTHER, offer(), 0.1)
     before = copy.deepcopy(machine)
     (told,) = machine.hear(OTHER, offer(), 0.2)
-    assert isinstance(told, Tell) and told.note == Note(0, 0, *MINE[OTHER, 0], again=True)
+    assert isinstance(told, Tell)
+    assert told.note == Note(0, 0, *MINE[OTHER, 0], again=True)
     assert machine.hear(OTHER, replace(offer(), again=True), 0.2) == []
     assert machine.hear(OTHER, offer(0, "another"), 0.2) == [told]
     assert machine.arrived(OTHER, offer(0, "another"), 0.2) == []
@@ -219,7 +228,12 @@ def repeats_nothing(patch):
 def test_the_world_finds_every_planted_bug(monkeypatch, plant):
     plant(monkeypatch)
     with pytest.raises((Broken, KeyError)):
-        for seed in range(40):
-            lived(seed)
-            if check_meetings(pair_world(seed, LOSSY, setting_of(seed, PATIENT)).run()):
-                raise Broken("a meeting was one-sided while nobody was silent")
+        every_promise()
+
+
+def every_promise():
+    pair_world(3, DOUBLED, PairSetting(2, ticks=3)).run()
+    for seed in range(40):
+        lived(seed)
+        if check_meetings(pair_world(seed, LOSSY, setting_of(seed, PATIENT)).run()):
+            raise Broken("a meeting was one-sided while nobody was silent")

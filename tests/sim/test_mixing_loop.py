@@ -21,7 +21,7 @@ from farflung.sim.bench.mixing_liars import Round
 from farflung.sim.bench.mixing_loop import MixLoop, mix
 from farflung.sim.bench.mixing_plots import draw_gaps
 from farflung.sim.bench.mixing_setting import Accelerated, Gather, MixSetting, Pace, Pairs, Persistent, PushSum
-from farflung.sim.bench.mixing_table import Entry, lines_of, rows_of
+from farflung.sim.bench.mixing_table import Entry, cells_of, lines_of, rows_of
 from farflung.sim.bench.runs import FinishedRuns
 
 TINY = StdlibGpt(layers=1, width=32, context=16, batch=2, validation_windows=8, warmup=2)
@@ -455,6 +455,7 @@ def test_a_table_compares_seed_by_seed_and_says_what_was_lost(tmp_path):
         assert pairs.members.mean == math.inf
         assert [row["members %"] for row in rows_of([gather, push_sum, pairs])] == [0, pytest.approx(7.5), None]
         assert push_sum.seeds == 2
+        assert cells_of([push_sum])[0]["mean_model_loss"] == push_sum.mean_loss
     drawing = draw_gaps([gather, push_sum, pairs], name="gaps", title="Gaps", caption="In percent.")
     (axes,) = drawing.figure.axes
     assert [label.get_text() for label in axes.get_yticklabels()] == ["gather", "push-sum", "pairs"]

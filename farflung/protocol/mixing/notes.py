@@ -25,7 +25,7 @@ class Offer:
 
 @dataclass(frozen=True, slots=True)
 class Absent:
-    """ "I take no part in this round, or not any more: do not wait for me, and give me nothing." True for ever."""
+    """ "I take no part in this round, or not any more: expect nothing of me, and give me nothing." True for ever."""
 
 
 Content: TypeAlias = LedgerMessage | Offer | Absent | None

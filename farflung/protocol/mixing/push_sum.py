@@ -7,8 +7,8 @@ the receiver says in time that it never counted it. Then its books are closed: p
 their senders are told so. What is then still in limbo lapses with the round.
 
 Nothing is kept on disk: mass is of one round. A member that restarts takes no further part in the mixing of the round
-it was in: it answers whatever its partners say with `Absent`, and counts nothing. What it held is gone with it, and its
-next account says so.
+it was in: it answers its partners with `Absent`, and parcels and fences with receipts that void them. What it held is
+gone with it, and its next account says so.
 """
 
 from __future__ import annotations
@@ -184,7 +184,7 @@ class PushSumMachine:
             if peer not in self.plan[note.tick].awaits:
                 raise PeerError(peer.short, f"gives something in tick {note.tick}, which is not its turn")
             key = (peer, note.fragment, content.seq)
-            if key not in self._asked:
+            if key not in self._asked and not self._must_wait(peer, note.fragment):
                 self._asked[key] = note
                 self._out.append(Get(peer, note))
         else:
@@ -255,8 +255,7 @@ class PushSumMachine:
         if self.stage is Stage.WAITING:
             return self.clock.waits_for()
         if self.stage is Stage.SETTLING:
-            owing = {p for ledger in self.ledgers for p, edge in ledger.out.items() if edge.escrow}
-            return tuple(sorted(owing - self.clock.absent))
+            return tuple(sorted({p for ledger in self.ledgers for p, edge in ledger.out.items() if edge.escrow}))
         return ()
 
     # -- advancing ----------------------------------------------------------------------------------------------------
@@ -314,6 +313,14 @@ class PushSumMachine:
 
     # -- small things -------------------------------------------------------------------------------------------------
 
+    def _must_wait(self, peer: PeerId, part: int) -> bool:
+        """With one parcel at a time, a change is to the edge's copy as the last one leaves it: that must move first.
+
+        The sender repeats itself.
+        """
+        one_by_one = self.terms.window == 1
+        return one_by_one and any(move.fragment == part and move.effect.peer == peer for move in self._early)
+
     @property
     def _is_sealed(self) -> bool:
         """Whether the books are being taken for the account."""
@@ -327,8 +334,7 @@ class PushSumMachine:
                     if isinstance(message, Parcel):
                         tick, share = self._ticks[peer, part, message.seq]
                     ref, copy_hash = (share.payload, share.copy_hash) if share is not None else (None, b"")
-                    if peer not in self.clock.absent:
-                        self._out.append(Tell(peer, Note(part, tick, message, ref, copy_hash)))
+                    self._out.append(Tell(peer, Note(part, tick, message, ref, copy_hash)))
                 case Credit():
                     early = note is not None and note.tick > self.clock.tick
                     (self._early if early else self._out).append(Move(part, effect, note))

@@ -66,23 +66,43 @@ def lines_of(
 
 
 def rows_of(lines: Sequence[Line]) -> list[dict[str, Any]]:
-    """For people and for a CSV: plain values, gaps in percent; what was lost has none."""
+    """For people: losses, gaps in percent and their standard deviations over seeds; what was lost has none."""
     return [
         {
-            "group": line.entry.group,
-            "exchange": line.entry.label,
-            "outer": line.entry.setting.outer,
+            "row": line.entry.label,
             "members": _finite(line.members_loss),
             "mean model": _finite(line.mean_loss),
             "compared with": line.entry.reference,
             "members %": _finite(100 * line.members.mean),
-            "± ": 100 * line.members.spread,
+            "sd": 100 * line.members.spread,
             "mean model %": _finite(100 * line.mean_model.mean),
-            "±": 100 * line.mean_model.spread,
-            "worst member": _finite(line.worst_loss),
+            "sd ": 100 * line.mean_model.spread,
             "apart": _finite(line.apart),
-            "mass error": line.mass_error_max,
             "seeds": line.seeds,
+        }
+        for line in lines
+    ]
+
+
+def cells_of(lines: Sequence[Line]) -> list[dict[str, Any]]:
+    """For machines: all of it, unrounded."""
+    return [
+        {
+            "group": line.entry.group,
+            "row": line.entry.label,
+            "exchange": str(line.entry.setting.exchange),
+            "outer": line.entry.setting.outer,
+            "compared_with": line.entry.reference,
+            "seeds": line.seeds,
+            "members_loss": _finite(line.members_loss),
+            "mean_model_loss": _finite(line.mean_loss),
+            "members_gap": _finite(line.members.mean),
+            "members_gap_sd": line.members.spread,
+            "mean_model_gap": _finite(line.mean_model.mean),
+            "mean_model_gap_sd": line.mean_model.spread,
+            "worst_member_loss": _finite(line.worst_loss),
+            "apart": _finite(line.apart),
+            "mass_error_max": line.mass_error_max,
         }
         for line in lines
     ]

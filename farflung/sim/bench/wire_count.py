@@ -2,10 +2,11 @@
 
 Everything that one member sends another one receives, so means over members are the same up and down. What grows:
 
-    gather      n - 1 payloads each way, and n - 1 announcements, votes and signs of life
-    push-sum    one payload per receiver and tick: K at most on a graph of degree one; the accounts of n - 1 others,
-                and the same n - 1 announcements, votes and signs of life
-    pairs       one payload per meeting; the rest likewise
+    gather      n - 1 payloads each way
+    push-sum    one payload per receiver and tick: K at most on a graph of degree one; and the accounts of n - 1 others
+    pairs       one payload per meeting; and those accounts
+    all         n - 1 announcements, votes and signs of life; and what is told to many of many: certificates to late
+                voters, news of who has what
 
 Counted is an ordinary round: everybody is there, nothing is lost or said twice but signs of life.
 """

@@ -41,7 +41,7 @@ class Rehearsal:
     params: int = 1 << 18
     rounds: int = 8
     reference_rounds: int = 4
-    """Divides `rounds`: so many references are published meanwhile."""
+    """From one reference to the next; divides `rounds`."""
     outer: str = "sgd(lr=1.0)"
     up_mbit: float = 10.0
     down_mbit: float = 100.0
@@ -120,8 +120,9 @@ def _run(what: Rehearsal, seed: int, home: Path) -> Measured:
     marks: dict[int, _Mark] = {}
 
     def look(life: Life, certificate: Certificate, tried: Trial) -> None:
-        if len(certificate.manifest.payloads) == what.members:
-            marks.setdefault(certificate.manifest.trained, _mark(world))
+        trained = certificate.manifest.trained
+        if trained not in marks and len(certificate.manifest.payloads) == what.members:
+            marks[trained] = _mark(world)
 
     world.watchers.append(look)
     for life in world.lives:

@@ -77,7 +77,7 @@ def notes(ask: Ask) -> list[str]:
         "much as any other",
         f"exchange: every line {ask.up_bps / 1e6:g} Mbit/s up and {ask.down_bps / 1e6:g} down, "
         f"{1e3 * ask.latency_s:g} ms one way; the slower direction, and one delay after the other. Without codec and "
-        "training, and without waiting for anybody",
+        "training, slow starts and waiting for anybody: at best",
         "pairs, and push-sum with fewer ticks than a period, do not give the mean: members differ and drift together",
     ]
 

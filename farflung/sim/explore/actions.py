@@ -25,8 +25,19 @@ ANY = "any"
 RECORDS = ("own", "proposal", "promise", "vote", "certificate")
 """What a member puts on its disk before it says it, and the end of a round."""
 
-MESSAGES = (ANY, "Announcement", "Proposal", "Promise", "Vote", "Status", "JoinRequest", "LeaveNotice", "Certified")
-"""Control messages by the name of what they say."""
+MESSAGES = (
+    ANY,
+    "Announcement",
+    "Proposal",
+    "Promise",
+    "Vote",
+    "Status",
+    "JoinRequest",
+    "LeaveNotice",
+    "Certified",
+    "Note",
+)
+"""Control messages by the name of what they say; members who mix tell each other notes."""
 
 ARMED_S = 2.0
 """How long a `fell` waits for its record."""

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from farflung.node.mixer import Mixer
+from farflung.node.outbox import WAITING_MAX
 from farflung.node.shell import Node
 from farflung.protocol import limits
 from farflung.protocol.ballot import VIEWS_AHEAD_MAX
-from farflung.sim.explore.stage import SNAPSHOT_ROUNDS, Stage
+from farflung.sim.explore.ground import SNAPSHOT_ROUNDS
+from farflung.sim.explore.stage import Stage
 
 STATEMENTS = 8
 """Kinds of control messages: an outbox keeps one of each for a peer."""
@@ -25,11 +28,13 @@ def _in_node(stage: Stage, node: Node) -> Iterator[tuple[str, int, int]]:
     yield "tasks of the shell", len(node._tasks), 8 + 4 * n
     yield "fetches", len(node._fetching), 2 * n
     for peer, queue in sorted(node.outbox._waiting.items()):
-        yield f"messages for {peer.short}", len(queue), STATEMENTS
+        yield f"messages for {peer.short}", len(queue), STATEMENTS if node.mixer is None else WAITING_MAX
     yield "senders", len(node.outbox._tasks), n
     yield "certificates fetched ahead", len(node.pursuit._ahead), limits.CHAIN_ANSWER_MAX
     yield "payloads on disk", len(list(node.store.blobs.blobs())), n * ROUND_PAYLOADS
     yield "snapshots on disk", len(list(node.store.snapshots.rounds())), 3
+    if node.mixer is not None:
+        yield from _in_mixer(node.mixer, n)
     if machine is not None:
         ballot, attendance = machine.ballot, machine.attendance
         yield "announcements", len(attendance.announcements), n
@@ -38,6 +43,15 @@ def _in_node(stage: Stage, node: Node) -> Iterator[tuple[str, int, int]]:
         yield "proposals", len(ballot.proposals), ballot.view + VIEWS_AHEAD_MAX + 1
         yield "promised views", len(ballot.promises), ballot.view + VIEWS_AHEAD_MAX + 1
         yield "votes", sum(map(len, ballot.votes.values())), n * (ballot.view + VIEWS_AHEAD_MAX + 1)
+
+
+def _in_mixer(mixer: Mixer, n: int) -> Iterator[tuple[str, int, int]]:
+    """Each tick has one partner, and a fragment each; a graph of so few members has at most n ticks."""
+    yield "vectors on offer", len(mixer._lent), 2 * n
+    yield "vectors being fetched", len(mixer._fetches), 2 * n
+    yield "rounds whose notes are early", len(mixer._early), 2
+    yield "early notes", sum(map(len, mixer._early.values())), 16 * n
+    yield "notes in a row", mixer._queue.qsize(), 16 * n
 
 
 def _between_nodes(stage: Stage) -> Iterator[tuple[str, int, int]]:

@@ -42,8 +42,8 @@ LOUD = ("Announcement", "Proposal", "Promise", "Vote")
 class _Dice:
     """What is drawn for one schedule."""
 
-    def __init__(self, seed: int) -> None:
-        self._rng: np.random.Generator = stream(seed, "explore", "schedule")
+    def __init__(self, seed: int, what: str = "schedule") -> None:
+        self._rng: np.random.Generator = stream(seed, "explore", what)
 
     def whole(self, least: int, most: int) -> int:
         return int(self._rng.integers(least, most + 1))
@@ -147,6 +147,31 @@ MIX: tuple[tuple[int, Callable[[_Dice, int], Action]], ...] = (
 _BAG = tuple(make for weight, make in MIX for _ in range(weight))
 
 
+MIXING_EVERY = 4
+"""Members mix in the world of every fourth seed, from 3 on, in one mode after the other; the others gather."""
+
+
+def mode_of(seed: int) -> str:
+    """The word of a seed's mode."""
+    turn, rest = divmod(seed, MIXING_EVERY)
+    return "gather" if rest != MIXING_EVERY - 1 else ("push-sum", "flow", "pairs")[turn % 3]
+
+
+def _of_notes(seed: int, members: int) -> list[Action]:
+    """What happens to notes where members mix: they are few, and drawn apart."""
+    dice, actions = _Dice(seed, "notes"), list[Action]()
+    for _ in range(dice.whole(0, 3)):
+        (source, target), at_s, for_s = dice.ends(members), dice.time(), dice.seconds(0.2, 3)
+        match dice.whole(0, 2):
+            case 0:
+                actions.append(Lose(at_s, source, target, "Note", for_s))
+            case 1:
+                actions.append(Delay(at_s, source, target, "Note", dice.seconds(0.05, 4), for_s))
+            case _:
+                actions.append(Double(at_s, source, target, "Note", dice.seconds(0.02, 4), for_s))
+    return actions
+
+
 def draw_schedule(seed: int) -> Schedule:
     """The schedule of a seed. Raises ValueError for a negative one."""
     dice = _Dice(seed)
@@ -159,5 +184,7 @@ def draw_schedule(seed: int) -> Schedule:
         actions.append(Kill(dice.time(), gone) if dice.chance(0.7) else Quit(dice.time(), gone))
     if members > 2 and dice.chance(0.25):
         actions.append(Join(dice.time(), members - 1))
+    mode = mode_of(seed)
+    actions += [] if mode == "gather" else _of_notes(seed, members)
     actions.sort(key=lambda action: (action.at_s, action.text))
-    return Schedule(seed, members, rounds, steps, quorum, tuple(actions))
+    return Schedule(seed, members, rounds, steps, quorum, tuple(actions), mode)

@@ -13,6 +13,7 @@ from farflung.protocol.genesis import Genesis
 from farflung.protocol.identity import PeerId
 from farflung.protocol.statements import Slot
 from farflung.protocol.wire import Statement
+from farflung.sim.explore.mixing_facts import Audited, Mixed
 from farflung.sim.explore.schedule import Schedule
 from farflung.sim.explore.tally import Floats
 
@@ -103,8 +104,14 @@ class Facts:
     payloads: dict[bytes, bytes] = field(default_factory=dict)
     """By digest: what was encoded."""
 
+    accounts: dict[bytes, bytes] = field(default_factory=dict)
+    """By digest: what members who mix announced."""
+
+    mixed: list[Mixed] = field(default_factory=list)
+    audits: list[Audited] = field(default_factory=list)
     screened: dict[tuple[int, int], float] = field(default_factory=dict)
-    """(member, life) -> when it first refused an update of its own: its steps until then are gone."""
+    """(member, life) -> when it first refused an update of its own: its steps until then are gone. Where members mix:
+    when it last did, or had to start over from the chain."""
 
     settling: dict[tuple[int, int], str] = field(default_factory=dict)
     """(member, life) -> "e" for every update encoded and "o" for every verdict it was told of, in order."""

@@ -22,7 +22,8 @@ from farflung.sim.explore.actions import (
     Slow,
     Straggle,
 )
-from farflung.sim.explore.stage import LINE_BYTES_PER_S, Stage, WatchedLife
+from farflung.sim.explore.ground import LINE_BYTES_PER_S
+from farflung.sim.explore.stage import Stage, WatchedLife
 
 DOWN_MIN_S = 0.05
 """Nobody is back sooner."""

@@ -18,7 +18,8 @@ from farflung.protocol.manifest import Manifest
 from farflung.protocol.statements import Announcement
 from farflung.protocol.wire import Promise, Proposal, Vote
 from farflung.sim.explore.facts import Draft, Facts, Word
-from farflung.sim.explore.stage import LATENCY_S
+from farflung.sim.explore.ground import LATENCY_S
+from farflung.sim.explore.mixing_laws import mass_is_conserved, mixed_steps_count_once, references_are_offered
 from farflung.sim.explore.tally import SERIALS, WIDTH, read_payload, serials_in, strange_in
 
 
@@ -129,7 +130,9 @@ class _Book:
 
 def states_are_recomputed(facts: Facts) -> str:
     """The certified state of every round is what its payloads give, computed here anew: their mean in fp64, rounded
-    once to fp32, taken from the anchor."""
+    once to fp32, taken from the anchor. Where members mix, it is a reference that somebody offered."""
+    if facts.genesis.mode != "gather":
+        return references_are_offered(facts)
     theta_d = np.zeros(WIDTH, np.float32)
     for certificate in facts.chain()[1:]:
         manifest = certificate.manifest
@@ -147,6 +150,8 @@ def states_are_recomputed(facts: Facts) -> str:
 def steps_count_once(facts: Facts) -> str:
     """Mass is conserved: no step is in two certified payloads, and while a member trains on, each step that it took
     in this life is either certified or still in its parameters, once (a screened update's steps may be gone)."""
+    if facts.genesis.mode != "gather":
+        return mixed_steps_count_once(facts)
     certified: dict[tuple[int, int], int] = {}
     for certificate in facts.chain()[1:]:
         index = certificate.manifest.round_index
@@ -184,12 +189,13 @@ def verdicts_come_once(facts: Facts) -> str:
 
 
 def shares_sum_to_one(facts: Facts) -> str:
-    """Uniform weights: each of n listed payloads has the share 1/n, and nobody else has any."""
+    """Uniform weights: each of n listed payloads has the share 1/n, and nobody else has any. Where members mix, whoever
+    missed rounds or has trained nothing weighs less, or nothing."""
     for fact in facts.applied:
         listed = {item.peer_id for item in fact.certificate.manifest.payloads}
-        shares = dict(fact.shares)
-        uneven = any(abs(share * len(listed) - 1.0) > 1e-9 for share in shares.values())
-        if {*shares} != listed or uneven or (shares and abs(sum(shares.values()) - 1.0) > 1e-9):
+        shares, gathers = dict(fact.shares), facts.genesis.mode == "gather"
+        wrong = any(abs(share * len(listed) - 1.0) > 1e-9 if gathers else share < 0.0 for share in shares.values())
+        if {*shares} != listed or wrong or (shares and abs(sum(shares.values()) - 1.0) > 1e-9):
             return f"round {fact.certificate.manifest.round_index}: member {fact.member} gave {sorted(shares.values())}"
     return ""
 
@@ -290,6 +296,7 @@ INVARIANTS: tuple[Invariant, ...] = tuple(
     for law in (
         one_certificate,
         votes_make_a_quorum,
+        mass_is_conserved,
         members_keep_their_word,
         states_are_recomputed,
         steps_count_once,

@@ -16,7 +16,8 @@ from farflung.protocol import limits
 from farflung.protocol.certificate import Certificate
 from farflung.protocol.manifest import is_quorum
 from farflung.protocol.round import RoundMachine
-from farflung.sim.explore.stage import AGAIN_S, STEP_S, TIMING, Stage
+from farflung.sim.explore.ground import AGAIN_S, STEP_S, TIMING
+from farflung.sim.explore.stage import Stage
 from farflung.sim.life import Life
 
 ROUNDS = 2
@@ -39,11 +40,19 @@ def bound_s(stage: Stage) -> float:
     n, view = len(stage.lives), max((machine.ballot.view for machine in machines), default=0)
     longest_s = max((_view_s(machine) for machine in machines), default=TIMING.deadline_ceiling_ms / 1e3)
     train_s = 2 * stage.schedule.steps * STEP_S
+    if stage.genesis.mode != "gather":
+        train_s += mixing_s(stage)
     speak_s = train_s + (TIMING.deadline_ceiling_ms + TIMING.grace_ms) / 1e3
     reach_s = 3 * SNAPSHOT_S + 2 * CALL_S + CONNECT_MS / 1e3 + LOOK_S + REST_S
     search_s = FIND_S + AGAIN_S
     first_s = speak_s + _views_s(longest_s, view, n)
     return reach_s + search_s + first_s + (ROUNDS + 1) * (speak_s + _views_s(longest_s, 0, n))
+
+
+def mixing_s(stage: Stage) -> float:
+    """The longest that a mixing may take: every tick as long as it may be, and the wait for word at the end."""
+    ticks = len(stage.lives)  # a period of any graph is no longer
+    return (ticks + 1) * TIMING.deadline_ceiling_ms / 1e3 + stage.genesis.mixing.settle_ms / 1e3
 
 
 def _view_s(machine: RoundMachine) -> float:

@@ -16,6 +16,13 @@ VERSION = "v1"
 MEMBERS_MAX = 6
 STEPS_MAX = 4
 ROUNDS_MAX = 12
+MODES = {
+    "gather": ("gather", "fp32"),
+    "push-sum": ("push-sum", "fp32"),
+    "flow": ("push-sum", "int8"),
+    "pairs": ("pairs", "fp32"),
+}
+"""Kinds of runs by the word for them: mode and codec."""
 ACTIONS_MAX = 32
 SEED_MAX = 1 << 62
 
@@ -41,12 +48,17 @@ class Schedule:
 
     actions: tuple[Action, ...] = ()
 
+    mode: str = "gather"
+    """One of MODES; "gather" is not written."""
+
     def __post_init__(self) -> None:
         bounds = {"seed": (0, SEED_MAX), "members": (1, MEMBERS_MAX), "rounds": (0, ROUNDS_MAX)}
         bounds |= {"steps": (1, STEPS_MAX), "quorum": (1, 100)}
         for key, (least, most) in bounds.items():
             if not least <= getattr(self, key) <= most:
                 raise ConfigError(f"a schedule's {key} is {least} to {most}, got {getattr(self, key)}")
+        if self.mode not in MODES:
+            raise ConfigError(f"a schedule's mode is one of {', '.join(MODES)}, got {self.mode!r}")
         if len(self.actions) > ACTIONS_MAX:
             raise ConfigError(f"a schedule has at most {ACTIONS_MAX} actions, got {len(self.actions)}")
         for action in self.actions:
@@ -75,8 +87,12 @@ class Schedule:
     @property
     def line(self) -> str:
         """The replay line."""
-        head = [f"{item.name}={getattr(self, item.name)}" for item in fields(self) if item.name != "actions"]
+        head = [f"{name}={getattr(self, name)}" for name in _NUMBERS]
+        head += [] if self.mode == "gather" else [f"mode={self.mode}"]
         return " ".join([VERSION, *head, *(action.text for action in self.actions)])
+
+
+_NUMBERS = tuple(item.name for item in fields(Schedule) if item.name not in ("actions", "mode"))
 
 
 def parse_line(line: str) -> Schedule:
@@ -84,17 +100,18 @@ def parse_line(line: str) -> Schedule:
     version, *parts = line.strip().split(" ")
     if version != VERSION:
         raise ConfigError(f"a replay line begins with {VERSION}, got {version!r}")
-    keys = [item.name for item in fields(Schedule) if item.name != "actions"]
     numbers: dict[str, int] = {}
-    for key, part in zip(keys, parts, strict=False):
+    for key, part in zip(_NUMBERS, parts, strict=False):
         name, _, value = part.partition("=")
         if name != key or not value.isascii() or not value.isdigit():
             raise ConfigError(f"{key}=NUMBER comes here in a replay line, got {part!r}")
         numbers[key] = int(value)
-    if len(numbers) < len(keys):
-        raise ConfigError(f"a replay line gives {', '.join(keys)}, got {line!r}")
-    actions = tuple(parse_action(part) for part in parts[len(keys) :])
-    schedule = Schedule(**numbers, actions=actions)
+    if len(numbers) < len(_NUMBERS):
+        raise ConfigError(f"a replay line gives {', '.join(_NUMBERS)}, got {line!r}")
+    rest, mode = parts[len(_NUMBERS) :], "gather"
+    if rest and rest[0].startswith("mode="):
+        mode = rest.pop(0).removeprefix("mode=")
+    schedule = Schedule(**numbers, actions=tuple(parse_action(part) for part in rest), mode=mode)
     if schedule.line != line.strip():
         raise ConfigError(f"write it as {schedule.line!r}, got {line!r}")
     return schedule

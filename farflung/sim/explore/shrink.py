@@ -43,7 +43,7 @@ def _smaller(schedule: Schedule) -> Iterator[Schedule]:
     """Simpler schedules, the boldest first. Those that are not allowed are left out."""
     yield from _fewer_actions(schedule)
     yield from _allowed(schedule, _fewer_members(schedule))
-    for key, value in (("rounds", 0), ("quorum", 66), ("steps", 1)):
+    for key, value in (("mode", "gather"), ("rounds", 0), ("quorum", 66), ("steps", 1)):
         if getattr(schedule, key) != value:
             yield from _allowed(schedule, [{key: value}])
     for index, action in enumerate(schedule.actions):

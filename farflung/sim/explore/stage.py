@@ -21,82 +21,24 @@ from farflung.node.data import RoundView
 from farflung.node.entries import decode_entry
 from farflung.node.mailbox import LocalResult
 from farflung.node.shell import Node
-from farflung.node.state_sync import first_state
 from farflung.protocol.blob import BlobRef, describe
 from farflung.protocol.certificate import Certificate, certify_first
 from farflung.protocol.errors import PeerError, TooFewPeers
-from farflung.protocol.genesis import Genesis, Timing, secret_digest
-from farflung.protocol.identity import Identity, PeerId
+from farflung.protocol.identity import PeerId
 from farflung.protocol.rows import Verdict
-from farflung.protocol.schema import Schema
 from farflung.protocol.wire import Message, Proposal, Status, decode_message
 from farflung.sim.explore.actions import Delay, Double, Lose, OfMessages, Straggle
 from farflung.sim.explore.facts import Adopted, Applied, Draft, Facts, Kept, Step, Word
+from farflung.sim.explore.ground import AGAIN_S, LATENCY_S, LINE_BYTES_PER_S, STEP_S, SmallCosts, begin, spec_of
+from farflung.sim.explore.mixing_watch import watch_mixing
 from farflung.sim.explore.schedule import Schedule
-from farflung.sim.explore.tally import WIDTH, Tally, TallyTask
-from farflung.sim.life import SECRET, Life
+from farflung.sim.explore.tally import TallyTask
+from farflung.sim.life import Life
 from farflung.sim.network.topology import NodeLinks, Topology
-from farflung.sim.population import MemberSpec
 from farflung.sim.rng import stream
 from farflung.sim.world import World
 
-LINE_BYTES_PER_S = 1.25e6
-"""10 Mbit/s both ways: a payload of 6 KB takes 5 ms."""
-
-LATENCY_S = 0.02
-STEP_S = 0.35
-FSYNC_S = 0.004
-AGAIN_S = 3.0
-"""Somebody who found nobody tries again after this long."""
-
-TIMING = Timing(grace_ms=2_500, deadline_floor_ms=1_500, deadline_ceiling_ms=6_000, view_floor_ms=1_000, resend_ms=700)
-SNAPSHOT_ROUNDS = 2
-
 _OWNER: contextvars.ContextVar[tuple[int, int]] = contextvars.ContextVar("owner", default=(-1, 0))
-
-
-class _Costs:
-    """Small and constant."""
-
-    def encode_s(self) -> float:
-        return 0.005
-
-    def check_s(self) -> float:
-        return 0.002
-
-    def apply_s(self, rows: int) -> float:
-        return 0.005
-
-
-def begin(identity: Identity, schedule: Schedule) -> tuple[Genesis, torch.Tensor, dict[str, torch.Tensor]]:
-    """The run that is explored: fp32 payloads, their mean, plain averaging, so that sums stay exact."""
-    theta_d = torch.zeros(WIDTH)
-    genesis = Genesis(
-        name="explored",
-        founder=identity.public_key,
-        state_digest=first_state(theta_d, {})[0].digest,
-        schema=_SCHEMA,
-        task="farflung.sim.explore.tally:TallyTask",
-        codec="fp32",
-        outer="sgd(lr=1.0)",
-        inner_steps=schedule.steps,
-        rounds=schedule.rounds,
-        secret_digest=secret_digest(SECRET),
-        start_members=schedule.members - len(schedule.late),
-        quorum_percent=schedule.quorum,
-        snapshot_rounds=SNAPSHOT_ROUNDS,
-        timing=TIMING,
-    )
-    return genesis, theta_d, {}
-
-
-def _schema() -> Schema:
-    from farflung.node.flat import schema_of
-
-    return schema_of(Tally())
-
-
-_SCHEMA = _schema()
 
 
 class Stage(World):
@@ -196,34 +138,6 @@ class Stage(World):
         return message
 
 
-def _spec(schedule: Schedule, index: int) -> MemberSpec:
-    return MemberSpec(
-        index=index,
-        name=f"m{index}",
-        group=0,
-        up_bytes_per_s=LINE_BYTES_PER_S,
-        down_bytes_per_s=LINE_BYTES_PER_S,
-        region=0,
-        last_mile_s=0.0,
-        queue="fq",
-        queue_bytes=0.0,
-        loss=0.0,
-        links=(),
-        reachable=True,
-        data_cap_bytes=0.0,
-        step_s=STEP_S,
-        jitter=0.0,
-        busy_every_s=0.0,
-        busy_for_s=0.0,
-        busy_slowdown=1.0,
-        fsync_s=FSYNC_S,
-        disk_bytes_per_s=0.0,
-        clock_skew_s=0.0,
-        sessions=(),
-        attack=None,
-    )
-
-
 class WatchedLife(Life):
     """A member whose nodes are watched."""
 
@@ -236,7 +150,7 @@ class WatchedLife(Life):
             factor = float(np.prod([item.factor for item in slower if item.at_s <= now_s < item.end_s]))
             return STEP_S * factor * float(pace.uniform(0.8, 1.2))
 
-        super().__init__(stage, _spec(schedule, index), _Costs(), step_s)
+        super().__init__(stage, spec_of(schedule, index), SmallCosts(), step_s)
         self.stage = stage
         self.line_slower = 1.0
         """By how much faults have slowed its line."""
@@ -248,6 +162,17 @@ class WatchedLife(Life):
     async def _live(self) -> None:
         _OWNER.set((self.index, self.lives))
         await super()._live()
+
+    async def _stop(self) -> None:
+        if self._stopping is None:
+            self.drop_mixed()
+        await super()._stop()
+
+    def drop_mixed(self) -> None:
+        """Whatever this life has mixed and not yet told is gone."""
+        for fact in self.stage.facts.mixed:
+            if (fact.member, fact.life, fact.gone_s) == (self.index, self.lives, None):
+                fact.gone_s = self.clock.now_s()
 
     def _make_trainee(self, node: Node, box: Any, task: Any, model: nn.Module) -> Any:
         taken = self.stage.facts.steps.setdefault(self.index, [])
@@ -262,9 +187,9 @@ class WatchedLife(Life):
         super()._adopted(view)
         if self.node is None or self.trainee is None:
             return
-        anchor, model = self.node.anchor, self.trainee._model
-        ahead_d = (model.weight.detach() - anchor.theta_d).numpy().copy()  # type: ignore[operator]
-        fact = Adopted(self.index, self.lives, anchor.round_index, ahead_d, self.clock.now_s())
+        held, model = self.node.held, self.trainee._model
+        ahead_d = (model.weight.detach() - held.theta_d).numpy().copy()  # type: ignore[operator]
+        fact = Adopted(self.index, self.lives, held.round_index, ahead_d, self.clock.now_s())
         self.stage.facts.adopted.append(fact)
 
     # -- hooks --------------------------------------------------------------------------------------------------------
@@ -273,7 +198,7 @@ class WatchedLife(Life):
         self._ready, self._beats = {}, {}
         self._watch_words(node)
         self._watch_disk(node)
-        self._watch_codec(node)
+        self._watch_own(node)
         self._watch_door(node)
 
     def _watch_words(self, node: Node) -> None:
@@ -331,10 +256,29 @@ class WatchedLife(Life):
         )
         self.stage.facts.drafts.append(draft)
 
-    def _watch_codec(self, node: Node) -> None:
-        codec, audit, facts, key = node.anchor.codec, node.parts.audit, self.stage.facts, (self.index, self.lives)
-        facts.settling[key] = ""
+    def _watch_own(self, node: Node) -> None:
+        audit, facts, key = node.parts.audit, self.stage.facts, (self.index, self.lives)
         arrived, spoke = audit.arrived, audit.spoke
+
+        def note_arrival(peer: PeerId, ref: BlobRef) -> None:
+            self._ready[peer] = (node._round, self.clock.now_s())
+            arrived(peer, ref)
+
+        def note_speech(result: LocalResult, ref: BlobRef | None) -> None:
+            if ref is None:
+                facts.screened.setdefault(key, self.clock.now_s())
+            spoke(result, ref)
+
+        setattr(audit, "arrived", note_arrival)  # noqa: B010
+        setattr(audit, "spoke", note_speech)  # noqa: B010
+        if node.mixer is None:
+            self._watch_codec(node)
+        else:
+            watch_mixing(self, node)
+
+    def _watch_codec(self, node: Node) -> None:
+        codec, facts, key = node.anchor.codec, self.stage.facts, (self.index, self.lives)
+        facts.settling[key] = ""
 
         def encode(update_d: torch.Tensor, private: Any, shared: Any, round_index: int) -> tuple[bytes, Any]:
             payload, private = codec.encode(update_d, private, shared, round_index)
@@ -346,18 +290,7 @@ class WatchedLife(Life):
             facts.settling[key] += "o"
             return codec.observe(private, verdict)
 
-        def note_arrival(peer: PeerId, ref: BlobRef) -> None:
-            self._ready[peer] = (node._round, self.clock.now_s())
-            arrived(peer, ref)
-
-        def note_speech(result: LocalResult, ref: BlobRef | None) -> None:
-            if ref is None:
-                facts.screened.setdefault(key, self.clock.now_s())
-            spoke(result, ref)
-
         node.anchor.codec = codec._replace(encode=encode, observe=observe)
-        setattr(audit, "arrived", note_arrival)  # noqa: B010
-        setattr(audit, "spoke", note_speech)  # noqa: B010
 
     def _watch_door(self, node: Node) -> None:
         receive, loop = node.receive, self.world.loop
