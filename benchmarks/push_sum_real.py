@@ -1,6 +1,6 @@
 """Push-sum among eight real processes that lose messages, one of which is killed and one of which comes late.
 
-    python benchmarks/push_sum_real.py     # all losses with fp32 and int8: about 20 minutes on two cores
+    python benchmarks/push_sum_real.py     # all losses with fp32 and int8: about 15 minutes on two cores
     python benchmarks/push_sum_real.py --codecs int8 --losses none bulk
 
 Every process is `farflung join` on loopback, with real gRPC and TLS; only its transport loses messages
@@ -92,8 +92,9 @@ class Play:
         return bool(self.losses.faults)
 
     def run_file(self) -> RunFile:
-        """A small GPT. References are new ones often enough to be lost, and to be what the late one starts from."""
-        options = {"layers": 1, "width": 64, "context": 64, "batch": 8, "lr": 4e-3, "warmup": 20}
+        """A GPT so small that two runs with other orders of data end within 0.5 % of each other (1.910 and 1.919; with
+        twice the width and context 2.12 and 2.20). References are renewed often enough to be lost."""
+        options = {"layers": 1, "width": 32, "context": 32, "batch": 8, "lr": 4e-3, "warmup": 20}
         return RunFile(
             name="real",
             task_options={**options, "decay_steps": self.rounds * self.inner_steps},

@@ -161,6 +161,11 @@ class Anchor:
         return {name: buffer for name, buffer in found.items() if buffer is not None}
 
     @property
+    def offers_blobs(self) -> bool:
+        """Whether payloads of this run offer further blobs at all."""
+        return False
+
+    @property
     def payload_bytes_max(self) -> int:
         """More bytes than this no payload of the run may have; it is compared before anything is allocated."""
         return int(self.codec.bits(self.schema) * self.schema.numel / 8) + limits.PAYLOAD_OVERHEAD_BYTES
@@ -172,8 +177,12 @@ class Anchor:
     def locate(self, certificate: Callable[[int], Certificate]) -> None:
         """The state in here was loaded: find out from the chain what else belongs to it. Nothing, in gather mode."""
 
-    def needs(self, payload: bytes) -> BlobRef | None:
-        """A further blob that applying a checked payload takes."""
+    def offered(self, payload: bytes) -> BlobRef | None:
+        """A further blob that a checked payload offers: some later manifest may take it. None, in gather mode."""
+        return None
+
+    def taken(self, manifest: Manifest, payloads: Sequence[bytes]) -> BlobRef | None:
+        """A further blob that applying this manifest takes; it must be on disk before. None, in gather mode."""
         return None
 
     def arrays(self) -> list[F32]:

@@ -14,8 +14,9 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from farflung.aggregation.flow import FlowMessage, InEdge, OutEdge
+from farflung.aggregation.flow import ORIGIN, FlowMessage, InEdge, OutEdge
 from farflung.aggregation.mass import Mass, Sums
+from farflung.aggregation.outer import norm
 from farflung.aggregation.pairs import Offer as PairOffer
 from farflung.aggregation.pairs import PairRound
 from farflung.aggregation.push_sum import PushSumRound
@@ -72,6 +73,8 @@ class WholeCarrier:
     round_index: int
     terms: Terms
     weight_max: float
+    counted: int = 0
+    """Parcels that were counted here."""
     _read: dict[Key, Tensor] = field(default_factory=dict)
     _escrow: dict[Key, tuple[bytes, float]] = field(default_factory=dict)
 
@@ -108,6 +111,7 @@ class WholeCarrier:
         held = self.round.masses[part]
         if isinstance(effect, Credit):
             held.absorb(Mass(self._read.pop(key), float(effect.amount.mass), threads=held.threads))
+            self.counted += 1
             return
         payload, _ = self._escrow.pop(key)
         if isinstance(effect, Returned):
@@ -134,8 +138,11 @@ class FlowCarrier:
     terms: Terms
     weight_max: float
     gamma: float
+    movement: float
+    """How far the local phase went, ‖φ − θ_i‖: by this what rounding leaves out is measured."""
+    counted: int = 0
     noise: float = 0.0
-    """What rounding left out of the first message, relative to the offset: large ones ask for a new reference."""
+    """What rounding left out of the first messages, relative to that; offsets grow as their reference ages."""
     _out: dict[tuple[PeerId, int], OutEdge] = field(default_factory=dict)
     _in: dict[tuple[PeerId, int], InEdge] = field(default_factory=dict)
     _read: dict[Key, FlowMessage] = field(default_factory=dict)
@@ -155,7 +162,11 @@ class FlowCarrier:
                     shares[peer, part] = None
                     continue
                 before = mass.sums().total
+                ratio_d = mass.ratio() if not edge_is_used(edge) else None
                 message = edge.send(mass, flowing)
+                if ratio_d is not None and self.movement:
+                    lost = norm(ratio_d - self.codec.decode(part, message.payload, self.round_index))
+                    self.noise = max(self.noise, lost / self.movement)
                 blob = MemoryBlob.of(message.payload)
                 seq = machine.ledgers[part].out[peer].next_seq
                 self._total[peer, part, seq] = before - mass.sums().total
@@ -179,6 +190,7 @@ class FlowCarrier:
         if isinstance(effect, Credit):
             edge = self._edge_from(effect.peer, part)
             edge.receive(held, self._read.pop(key), weight_max=self.weight_max, peer=effect.peer.short)
+            self.counted += 1
             return
         self._total.pop(key)
         out = self._out[effect.peer, part]
@@ -208,6 +220,11 @@ class FlowCarrier:
         return self._in[peer, part]
 
 
+def edge_is_used(edge: OutEdge) -> bool:
+    """Whether something has travelled along an edge in this round."""
+    return edge.copy_hash != ORIGIN
+
+
 def _adrift(part: int, machine: PushSumMachine, totals: Mapping[Key, float]) -> tuple[Adrift, ...]:
     ledger = machine.ledgers[part]
     return tuple(
@@ -231,8 +248,13 @@ class PairCarrier:
 
     codec: MixingCodec
     round_index: int
+    weights: Mapping[PeerId, float]
+    """What each member counts for, as certified; what a partner says of itself is not asked."""
+    movement: float
     met: int = 0
     clipped: int = 0
+    noise: float = 0.0
+    """See `FlowCarrier`."""
     _offers: dict[tuple[int, int], PairOffer] = field(default_factory=dict)
     _read: dict[tuple[PeerId, int, int], Tensor] = field(default_factory=dict)
 
@@ -245,7 +267,11 @@ class PairCarrier:
                 made[partner, part] = None
                 continue
             offer = self._offers[part, tick] = pair.offer()
-            blob = MemoryBlob.of(self.codec.encode(part, pair.z_d, self.round_index))
+            payload = self.codec.encode(part, pair.z_d, self.round_index)
+            if self.movement and not self.codec.exact:
+                lost = norm(pair.z_d - self.codec.decode(part, payload, self.round_index))
+                self.noise = max(self.noise, lost / self.movement)
+            blob = MemoryBlob.of(payload)
             made[partner, part] = Offer(offer.radius, offer.weight), blob
         return made
 
@@ -262,7 +288,7 @@ class PairCarrier:
         if not isinstance(said, Offer):
             raise LocalError("a meeting without an offer")
         mine = self._offers[note.fragment, note.tick]
-        meeting = pair.meet(PairOffer(said.radius, said.weight), theirs_d, peer=peer.short, mine=mine)
+        meeting = pair.meet(PairOffer(said.radius, self.weights[peer]), theirs_d, peer=peer.short, mine=mine)
         self.met += 1
         self.clipped += meeting.clip < 1
 

@@ -94,8 +94,8 @@ class Learner:
                 if self._view is None or view.round_index > self._view.round_index:
                     self._adopt(view, ahead_d, keep=keep)
             case Hurry(round_index):
-                if round_index == self.round_index and not self._sent and self._steps > 0:
-                    self._due = self._steps
+                if round_index == self.round_index and not self._sent:
+                    self._due = max(1, self._steps)
             case Stop(error):
                 self.finished = True
                 if error is not None:

@@ -21,6 +21,7 @@ from torch import Tensor
 from farflung.aggregation.pairs import Radius
 from farflung.node.anchor import Trial
 from farflung.node.blobs import BlobExchange
+from farflung.node.mixing_report import describe_mass, describe_round, why_mixing
 from farflung.node.mixing_round import MixingRound, begin_round
 from farflung.node.reference import ReferenceAnchor, Roll
 from farflung.node.replica import Replica
@@ -29,11 +30,12 @@ from farflung.protocol.blob import BlobRef, blob_digest, chunk_digest
 from farflung.protocol.errors import PeerError
 from farflung.protocol.genesis import Genesis
 from farflung.protocol.identity import PeerId
+from farflung.protocol.ledger.effects import Credit
 from farflung.protocol.manifest import Manifest
 from farflung.protocol.mixing.account import Account
 from farflung.protocol.mixing.clockwork import Patience
 from farflung.protocol.mixing.meetings import Meet
-from farflung.protocol.mixing.notes import Fence, Note, Offer, Parcel, Receipt
+from farflung.protocol.mixing.notes import Absent, Note
 from farflung.protocol.mixing.push_sum import Close, Effect, Get, Move, Split, Stage, Tell
 from farflung.protocol.record import PeerRecord
 from farflung.protocol.statements import Slot
@@ -41,11 +43,11 @@ from farflung.protocol.wire import Message
 
 log = logging.getLogger(__name__)
 
-QUEUE_MAX = 4096
-"""Notes waiting for one round's machine: partners have a few each."""
+QUEUE_MAX = 512
+"""Notes of one partner waiting for the round's machine: its parts of every tick; it repeats what is dropped."""
 
-EARLY_MAX = 4096
-"""Notes kept of a round whose certificate is not here yet; later ones are repeated by their senders."""
+EARLY_MAX = 512
+"""Notes kept of one member about a round whose certificate is not here yet: its parts of every tick."""
 
 IDLE_S = 10.0
 """How long a partner may send nothing of a vector."""
@@ -93,9 +95,15 @@ class Mixer:
     _fetches: dict[asyncio.Task[None], None] = field(default_factory=dict)
     radii: list[Radius] = field(init=False)
     """Pairs: how far this member lets itself be moved, by fragment; learnt over rounds."""
-    _lent: list[bytes] = field(default_factory=list)
+    _lent: dict[bytes, int] = field(default_factory=dict)
+    """Vectors on offer to partners, and to how many: equal shares are equal bytes."""
     _early: dict[int, deque[Message]] = field(default_factory=dict)
     _slot: Slot | None = None
+    _serves_until_s: float = -math.inf
+    _queued: dict[PeerId, int] = field(default_factory=dict)
+    """Notes of each partner that wait for the machine."""
+    _complained: dict[tuple[PeerId, int], None] = field(default_factory=dict)
+    """(peer, round) of whom something was said already."""
     _vectors: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def __post_init__(self) -> None:
@@ -116,6 +124,7 @@ class Mixer:
         ways, roll = self.ways, self.ways.anchor.roll
         assert roll is not None
         if self._task is not None:
+            self._queue.put_nowait(self._hurry)
             return
         self._slot = manifest.slot
         early = self._early.pop(manifest.round_index, deque())
@@ -129,7 +138,7 @@ class Mixer:
             ways.replica.stay(manifest.round_index)
             return
         self.busy = True
-        self._queue = asyncio.Queue()
+        self._queue, self._queued = asyncio.Queue(), {}
         for message in early:
             self.hear(message)
         self._task = ways.spawn(self._run(manifest, roll, ways.anchor.theta_d), f"mix {manifest.round_index}")
@@ -142,7 +151,8 @@ class Mixer:
         audited = self.ways.anchor.audited
         if audited is not None:
             for item in audited.discrepancies:
-                self.ways.note(f"mass is not conserved: {item}")
+                names = ", ".join(peer.short for peer in item.members)
+                self.ways.note(f"mass is not conserved: {names}: {item.why[:200]}")
             audited.require(self.ways.me)
         mine = {f"mix_{name}": value for name, value in self.numbers.items()}
         self.begin(manifest)
@@ -159,19 +169,26 @@ class Mixer:
         assert isinstance(note, Note)
         current = slot.round_index if slot is not None else -1
         if message.round_index > current:
-            self._early.setdefault(message.round_index, deque(maxlen=EARLY_MAX)).append(message)
+            early = self._early.setdefault(message.round_index, deque())
+            if sum(kept.sender == message.sender for kept in early) < EARLY_MAX:
+                early.append(message)
             if len(self._early) > 2:
                 del self._early[max(self._early)]
             return
         if slot is None or (message.round_index, message.parent) != (slot.round_index, slot.parent):
             return  # of a round that is over here and there
         if self._task is not None or (self.busy and self._round is None):
-            if self._queue.qsize() < QUEUE_MAX:  # senders repeat themselves
+            if self._queued.get(message.sender, 0) < QUEUE_MAX:
+                self._queued[message.sender] = self._queued.get(message.sender, 0) + 1
                 self._queue.put_nowait(lambda now_s: self._machine_hears(message.sender, note, now_s))
         elif self._round is not None:
             self._answer(message.sender, note)
         else:
             self._decline(message.sender, note, slot)
+
+    def serves(self, now_s: float) -> bool:
+        """Whether partners may still count on this member: it mixes, or its partner of a pair may not have fetched."""
+        return self.busy or now_s < self._serves_until_s
 
     async def stop(self) -> None:
         """End what runs; the replica stays as it is."""
@@ -185,41 +202,20 @@ class Mixer:
     @property
     def why(self) -> str:
         """What the mixing waits for, and for whom; nothing while there is none."""
-        current = self._round
-        if not self.busy or current is None:
-            return "about to mix" if self.busy else ""
-        machine = current.machine
-        names = ", ".join(peer.short for peer in machine.waits_for())
-        where = f"tick {machine.clock.tick + 1} of {len(machine.plan)}"
-        return f"mixing, {machine.stage}, {where}" + (f": waits for {names}" if names else "")
+        if not self.busy:
+            return ""
+        return why_mixing(self._round) if self._round is not None else "about to mix"
 
     def status(self) -> dict[str, Any]:
-        """For `farflung status`: where the mixing is and for whom it waits."""
-        current = self._round
-        audited = self.ways.anchor.audited
-        mass = (
-            {}
-            if audited is None
-            else {
-                "round": audited.round_index,
-                "members": audited.members,
-                "error": audited.error,
-                "limbo": audited.limbo,
-                "unseen": [peer.short for peer in audited.unseen],
-                "discrepancies": [item.why for item in audited.discrepancies],
-            }
-        )
-        live = (
-            {}
-            if current is None
-            else {
-                "stage": str(current.machine.stage),
-                "tick": current.machine.clock.tick + 1,
-                "ticks": len(current.machine.plan),
-                "waits_for": [peer.short for peer in current.machine.waits_for()],
-            }
-        )
-        return {"mass": mass, "last": self.numbers, "trained": self.ways.replica.trained, **live}
+        """For `farflung status`: where the mixing is, and whether mass was conserved in the last one audited."""
+        replica, audited = self.ways.replica, self.ways.anchor.audited
+        live = {} if self._round is None else describe_round(self._round)
+        return {"mass": describe_mass(audited), "last": self.numbers, "trained": replica.trained, **live}
+
+    def _hurry(self, now_s: float) -> list[Effect]:
+        assert self._round is not None
+        effects: list[Effect] = self._round.machine.hurry(now_s)
+        return effects
 
     # -- one round ----------------------------------------------------------------------------------------------------
 
@@ -235,10 +231,7 @@ class Mixer:
                     step = await self._queue.get()
             except TimeoutError:
                 step = machine.tick
-            try:
-                await self._carry_out(step(ways.clock.now_s()))
-            except PeerError as error:
-                ways.note(f"mixing: {error}")
+            await self._carry_out(step(ways.clock.now_s()))
         trained = manifest.trained
         self.numbers = await self._think(lambda: current.finish(trained))
         self.radii = current.radii(self.radii)
@@ -246,6 +239,8 @@ class Mixer:
         while not self._queue.empty():  # what came in meanwhile is late; the next round may begin from here on
             self._say_late(self._queue.get_nowait())
         self._task, self.busy = None, False
+        if ways.genesis.mode == "pairs":
+            self._serves_until_s = ways.clock.now_s() + self.patience.settle_s
         ways.over()
 
     async def _carry_out(self, effects: list[Any]) -> None:
@@ -268,11 +263,13 @@ class Mixer:
                     task.add_done_callback(lambda done: self._fetches.pop(done, None))
                 case Move():
                     await self._think(partial(current.move, effect))
+                    if not isinstance(effect.effect, Credit):
+                        self._unlend(effect.effect.amount.payload)
                 case Meet(peer, note):
                     try:
                         await self._think(partial(current.meet, peer, note))
                     except PeerError as error:
-                        self.ways.note(f"mixing: {error}")
+                        self._complain(peer, error)
                 case Close():
                     self.account = await self._think(current.account)
                     await self._carry_out(current.machine.closed(self.ways.clock.now_s()))
@@ -291,7 +288,14 @@ class Mixer:
 
     def _lend(self, blob: Any) -> None:
         self.ways.exchange.offer(blob, tell=False)
-        self._lent.append(blob.ref.digest)
+        self._lent[blob.ref.digest] = self._lent.get(blob.ref.digest, 0) + 1
+
+    def _unlend(self, digest: bytes) -> None:
+        """One partner needs this vector no more."""
+        self._lent[digest] -= 1
+        if not self._lent[digest]:
+            del self._lent[digest]
+            self.ways.exchange.forget(digest)
 
     async def _get(self, current: MixingRound, peer: PeerId, note: Note) -> None:
         """Fetch one vector and say what came of it."""
@@ -301,7 +305,7 @@ class Mixer:
         except (PeerError, TimeoutError, ConnectionError) as error:
             log.debug("no vector from %s: %s", peer.short, error)
             if isinstance(error, PeerError):
-                self.ways.note(f"mixing: {error}")
+                self._complain(peer, error)
             step = current.machine.missed
         else:
             step = current.machine.arrived
@@ -340,7 +344,12 @@ class Mixer:
 
     def _machine_hears(self, peer: PeerId, note: Note, now_s: float) -> list[Effect]:
         assert self._round is not None
-        effects: list[Effect] = self._round.machine.hear(peer, note, now_s)
+        self._queued[peer] = max(0, self._queued.get(peer, 0) - 1)
+        try:
+            effects: list[Effect] = self._round.machine.hear(peer, note, now_s)
+        except PeerError as error:
+            self._complain(peer, error)
+            return []
         return effects
 
     def _answer(self, peer: PeerId, note: Note) -> None:
@@ -349,25 +358,22 @@ class Mixer:
 
     def _say_late(self, step: Callable[[float], list[Effect]]) -> None:
         """The books are closed: whatever a step would do, only what it says to partners still matters."""
-        try:
-            effects = step(self.ways.clock.now_s())
-        except PeerError as error:
-            log.debug("late note: %s", error)
-            return
-        for effect in effects:
+        for effect in step(self.ways.clock.now_s()):
             if isinstance(effect, Tell):
                 self._tell(effect.peer, effect.note)
 
     def _decline(self, peer: PeerId, note: Note, slot: Slot) -> None:
-        """This member takes no part in the round: nobody needs to wait for it."""
-        content = note.content
-        if isinstance(content, Parcel | Fence):
-            # What this process counted before it died is gone with it: whatever has no receipt may go home.
-            end = content.seq + 1 if isinstance(content, Parcel) else content.epoch
-            void = Receipt(content.generation, content.epoch, end, (), tuple(range(content.oldest, end)))
-            self.ways.tell(peer, f"void {note.fragment} {end}", slot, Note(note.fragment, note.tick, void))
-        if isinstance(content, Parcel | Offer):
-            self.ways.tell(peer, f"none {note.fragment}", slot, Note(note.fragment, note.tick, None))
+        """This member takes no part in the round: nobody needs to wait for it. What it may have counted before it
+        died must not come home as well, so it says nothing of parcels: they lapse with the round."""
+        if not isinstance(note.content, Absent):
+            self.ways.tell(peer, "absent", slot, Note(note.fragment, note.tick, Absent()))
+
+    def _complain(self, peer: PeerId, error: PeerError) -> None:
+        """Say what was wrong with a partner's note or vector, once a round."""
+        key = peer, self._slot.round_index if self._slot is not None else 0
+        if key not in self._complained:
+            self._complained = {known: None for known in self._complained if known[1] == key[1]} | {key: None}
+            self.ways.note(f"mixing: {error}")
 
     def _tell(self, peer: PeerId, note: Note) -> None:
         slot, content = self._slot, note.content

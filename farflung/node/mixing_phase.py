@@ -7,10 +7,10 @@ says what this member did (claims), how far behind it is, and what became of its
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 from farflung.compression.codec import Link
-from farflung.node.blobs import BlobSource
 from farflung.node.local_phase import LocalPhase, Spoken
 from farflung.node.mailbox import LocalResult
 from farflung.node.mixer import Mixer
@@ -34,6 +34,8 @@ class MixingPhase(LocalPhase):
         self._parent: Manifest | None = None
         self._restored = False
         self._saved_after = 0
+        self._offered: tuple[BlobRef, int, int] | None = None
+        """What this member offers as the new reference, since which trained round, and what the reference was then."""
 
     # -- over restarts ------------------------------------------------------------------------------------------------
 
@@ -99,26 +101,45 @@ class MixingPhase(LocalPhase):
         parent = self._parent
         assert parent is not None
         behind = max(0, parent.trained - self.replica.trained)
-        account = replace(self.mixer.account, behind=behind, reference=self._publish(parent, behind))
+        offer = self._offer(parent, behind)
+        holds = self._held([*([offer] if offer else []), *self.reference.standing])
+        account = replace(self.mixer.account, behind=behind, reference=offer, holds=holds)
         payload = account.canonical_bytes
         ref, digests = describe(payload)
         self._encoded = result.round_index
         return Spoken(ref, self._store.put(payload, ref, digests), steps, tokens)
 
-    def _publish(self, parent: Manifest, behind: int) -> BlobRef | None:
-        """This member's parameters as the new reference, if one is due and it is this member's turn."""
-        reference, pairs = self.reference, self._genesis.mode == "pairs"
+    def _offer(self, parent: Manifest, behind: int) -> BlobRef | None:
+        """This member's parameters as the new reference: when one is due, it is this member's turn and there is no
+        other on offer; then in every account, until one is taken or this one is old. Others fetch it meanwhile."""
+        reference, every = self.reference, self._genesis.mixing.reference_rounds
+        if self._offered is not None:
+            ref, since, before = self._offered
+            if reference.reference_trained == before and parent.trained - since <= every:
+                return ref
+            self._withdraw(ref)
+        pairs, age = self._genesis.mode == "pairs", parent.trained - reference.reference_trained
         turn = reference.founder if pairs else proposer_order(parent)[0]
-        age = parent.trained - reference.reference_trained
-        noisy = self.mixer.numbers.get("noise", 0.0) > NOISE_MAX and age > 0
-        if turn != self._me or behind or not (age >= self._genesis.mixing.reference_rounds or noisy):
+        noisy = self.mixer.numbers.get("noise", 0.0) > NOISE_MAX and age > 2
+        if turn != self._me or behind or reference.standing or not (age >= every or noisy):
             return None
         with self.replica.lock:
             data = b"".join(tensor.numpy().tobytes() for tensor in self.replica.tensors().values())
         ref, digests = describe(data)
-        source: BlobSource = self._store.put(data, ref, digests)
-        self.mixer.ways.exchange.offer(source)
+        self.mixer.ways.exchange.offer(self._store.put(data, ref, digests))
+        self._offered = ref, parent.trained, reference.reference_trained
         return ref
+
+    def _withdraw(self, ref: BlobRef) -> None:
+        """Another reference was taken, or nobody took this one: it need not be kept, unless it is the state now."""
+        self._offered = None
+        if ref != self.reference.present_ref():
+            self.mixer.ways.exchange.forget(ref.digest)
+            self._store.drop(ref.digest)
+
+    def _held(self, offers: Sequence[BlobRef]) -> bytes:
+        """The first of these that is on disk."""
+        return next((ref.digest for ref in offers if self._store.blob(ref.digest) is not None), b"")
 
     # -- towards training ---------------------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ from farflung.aggregation.outer import norm
 from farflung.aggregation.pairs import Claims, PairRound, Radius
 from farflung.node.carriers import FlowCarrier, MassCarrier, PairCarrier, Share, WholeCarrier, totals_of
 from farflung.node.mixing_codec import MixingCodec, cut
-from farflung.node.reference import Roll
+from farflung.node.reference import PAIR_WEIGHT_MIN, Roll
 from farflung.node.replica import Replica
 from farflung.protocol.errors import LocalError
 from farflung.protocol.identity import PeerId
@@ -33,9 +33,6 @@ from farflung.protocol.mixing.push_sum import Move, Posted, PushSumMachine
 
 if TYPE_CHECKING:
     from farflung.node.mixer import Mixer
-
-PAIR_WEIGHT_MIN = 1.0 / 1024
-"""Of the largest: whoever claims less idles, so that no meeting is with somebody who need not move at all."""
 
 
 def terms_of(exact: bool) -> Terms:
@@ -119,13 +116,21 @@ class MixingRound:
         if not held:
             replica.stay(self.round_index)
         elif self.behind:
-            replica.catch_up(gradient_d, round_index=self.round_index, trained=trained)
+            level = trained if self._caught_up() else replica.trained
+            replica.catch_up(gradient_d, round_index=self.round_index, trained=level)
         else:
             replica.step(gradient_d, round_index=self.round_index, trained=trained, threads=self.threads)
-        numbers = {"gradient_norm": length, "held_weight": held, "behind": float(self.behind)}
+        noise = getattr(self.carrier, "noise", 0.0)
+        numbers = {"gradient_norm": length, "held_weight": held, "behind": float(self.behind), "noise": noise}
         if isinstance(self.carrier, PairCarrier):
             numbers |= {"met": float(self.carrier.met), "clipped": float(self.carrier.clipped)}
         return numbers
+
+    def _caught_up(self) -> bool:
+        """Whether a late member is where the others are now: it heard of them, and was not held back by a radius."""
+        if isinstance(self.carrier, PairCarrier):
+            return self.carrier.met > 0 and not self.carrier.clipped
+        return len(self.machine.plan) == 0 or bool(self.carrier.counted)
 
     def radii(self, before: list[Radius]) -> list[Radius]:
         """What pairs have learnt of distances."""
@@ -159,11 +164,13 @@ def begin_round(mixer: Mixer, manifest: Manifest, roll: Roll, reference_d: Tenso
     codec = MixingCodec(anchor.codec, cut(genesis.schema.numel, mixing.fragments))
     phi_d = _scaled(replica, roll.scale[me])
     behind = manifest.trained - 1 - replica.trained
+    movement = norm(replica.phi_d - replica.theta_d, threads=anchor.threads)
     common = (ways.me, manifest.round_index, plans)
     if genesis.mode == "pairs":
         rounds = _pairs(phi_d, reference_d, replica, roll.mass[me], codec, mixer.radii, anchor.threads)
         began = tuple(Sums(0.0, 0.0, 0.0, 0.0) if pair is None else _pair_sums(pair) for pair in rounds)
-        carrier: Any = PairCarrier(rounds, codec, manifest.round_index)
+        weights_of = dict(zip(roll.members, roll.mass, strict=True))
+        carrier: Any = PairCarrier(rounds, codec, manifest.round_index, weights_of, movement)
         machine: Any = PairMachine(*common, mixing.fragments, patience, ways.heard, now_s)
     else:
         weights = [roll.mass[me]] * mixing.fragments
@@ -171,7 +178,7 @@ def begin_round(mixer: Mixer, manifest: Manifest, roll: Roll, reference_d: Tenso
         began = tuple(mass.sums() for mass in holding.masses)
         given = (holding, roll.members, codec, manifest.round_index, anchor.terms, float(n))
         gamma = mixing.gamma_percent / 100
-        carrier = WholeCarrier(*given) if codec.exact else FlowCarrier(*given, gamma)
+        carrier = WholeCarrier(*given) if codec.exact else FlowCarrier(*given, gamma, movement)
         opened = tuple(Fraction(weight) for weight in weights)
         machine = PushSumMachine(*common, opened, anchor.terms, patience, ways.heard, now_s)
     return MixingRound(
@@ -206,7 +213,7 @@ def _pairs(
 ) -> tuple[PairRound | None, ...]:
     """A round of every fragment. Its own movement is that of this local phase: the reference may be old."""
     claims = Claims(PAIR_WEIGHT_MIN, 1.0)
-    if mass < claims.floor:
+    if not mass:
         return (None,) * len(codec.parts)
     rounds = []
     for at, radius in zip(codec.parts, radii, strict=True):

@@ -35,6 +35,9 @@ from farflung.protocol.mixing.auditing import MassAudit, audit_accounts
 from farflung.protocol.mixing.settings import Mixing
 from farflung.protocol.rows import Reason, Verdict
 
+PAIR_WEIGHT_MIN = 1.0 / 1024
+"""Pairs: of the largest weight, no member that did anything has less: nobody's claim can make others' count nothing."""
+
 
 class Roll(NamedTuple):
     """Who mixes after a certificate. All lists are in the order of the members' ids."""
@@ -58,16 +61,18 @@ class ReferenceAnchor(Anchor):
     trained: int = 0
     """Rounds that trained, as certified."""
     reference_trained: int = 0
-    """The same, when the reference was somebody's state."""
+    """The same, of the reference, or somewhat less: an offer is taken a round later at the earliest."""
     roll: Roll | None = None
     """Who mixes after the round that was committed last."""
     audited: MassAudit | None = None
     """What the accounts said that were committed last."""
+    standing: tuple[BlobRef, ...] = ()
+    """References that were on offer then and were not taken."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._ref: BlobRef | None = None
-        self._next: tuple[Manifest, Roll, MassAudit, bool] | None = None
+        self._next: tuple[Manifest, Roll, MassAudit, bool, tuple[BlobRef, ...]] | None = None
 
     # -- payloads are accounts ----------------------------------------------------------------------------------------
 
@@ -77,18 +82,48 @@ class ReferenceAnchor(Anchor):
         return ACCOUNT_BYTES_MAX
 
     def check(self, payload: bytes, round_index: int, peer: PeerId) -> None:
-        """Raise PeerError unless this is an account of this member, and a reference in it has the state's size."""
+        """Raise PeerError unless this is an account of this member, of the run's kind and of a round that is over, and
+        a reference in it has the state's size."""
         account = decode_account(payload, self.terms)
         if account.member != peer:
             raise PeerError(peer.short, "an account in somebody else's name")
+        kept = [book.ledger is not None for book in account.books]
+        fits = len(kept) == self.mixing.fragments and any(kept) == (self.mode != "pairs")
+        if kept and not fits:
+            raise PeerError(peer.short, f"an account of {len(kept)} fragments, {sum(kept)} of them with ledgers")
+        if account.round_index >= round_index:
+            raise PeerError(peer.short, f"an account of round {account.round_index} in round {round_index}")
         if account.reference is not None and not self._fits(account.reference):
             raise PeerError(peer.short, f"a reference of {account.reference.size} bytes")
 
-    def needs(self, payload: bytes) -> BlobRef | None:
+    @property
+    def offers_blobs(self) -> bool:
+        """See `Anchor`: accounts offer references."""
+        return True
+
+    def offered(self, payload: bytes) -> BlobRef | None:
         """The reference that an account offers, if it may."""
-        account = decode_account(payload, self.terms)
-        offered = account.reference if self._may_publish(account.member) else None
-        return offered if offered is not None and self._fits(offered) else None
+        return self._offer_in(decode_account(payload, self.terms))
+
+    def taken(self, manifest: Manifest, payloads: Sequence[bytes]) -> BlobRef | None:
+        """The reference that a manifest takes: one that more than half of those who are listed have on disk."""
+        accounts = [decode_account(payload, self.terms) for payload in payloads]
+        for offer in self._offers(manifest, accounts):
+            held = sum(account.holds == offer.digest for account in accounts)
+            if 2 * held > len(accounts):
+                return offer
+        return None
+
+    def _offer_in(self, account: Account) -> BlobRef | None:
+        offer = account.reference if self._may_publish(account.member) else None
+        return offer if offer is not None and self._fits(offer) else None
+
+    def _offers(self, manifest: Manifest, accounts: Sequence[Account]) -> list[BlobRef]:
+        """What is on offer, in one order for all: by a hash of the round and who offers."""
+        tag = b"farflung reference\0" + manifest.run_id + manifest.round_index.to_bytes(8, "big")
+        ranked = sorted((hashlib.sha256(tag + account.member.digest).digest(), account) for account in accounts)
+        found = [self._offer_in(account) for _, account in ranked]
+        return [offer for offer in found if offer is not None]
 
     def _may_publish(self, peer: PeerId) -> bool:
         """With pairs members do not trust each other: the founder's reference is the only one they take."""
@@ -103,7 +138,7 @@ class ReferenceAnchor(Anchor):
     def loaded(self, round_index: int) -> None:
         """See `Anchor`."""
         super().loaded(round_index)
-        self._ref, self._next, self.roll, self.audited = None, None, None, None
+        self._ref, self._next, self.roll, self.audited, self.standing = None, None, None, None, ()
 
     def locate(self, certificate: Callable[[int], Certificate]) -> None:
         """Find out from the chain when the present reference was published. Costs one certificate per round since."""
@@ -111,7 +146,7 @@ class ReferenceAnchor(Anchor):
         self.trained, first = here.manifest.trained, self.round_index
         while first > 0 and certificate(first - 1).state_digest == here.state_digest:
             first -= 1
-        self.reference_trained = certificate(first - 1).manifest.trained if first else 0
+        self.reference_trained = max(0, certificate(first - 1).manifest.trained - 1) if first else 0
 
     def try_out(self, manifest: Manifest, payloads: Sequence[bytes], pool: object = None) -> Trial:
         """See `Anchor`. Costs a pass over the accounts, and over the state if one of them offers a reference."""
@@ -121,13 +156,13 @@ class ReferenceAnchor(Anchor):
         for item, payload in zip(manifest.payloads, payloads, strict=True):
             accounts[item.peer_id] = decode_account(payload, self.terms)
         roll, audited = self._call(manifest, accounts), self._audit(accounts)
-        chosen = self._choose(manifest, accounts)
+        chosen = self.taken(manifest, payloads)
         taken = chosen is not None and self._read(chosen)
         if taken:
             assert chosen is not None
             ref = chosen
         else:
-            ref = self._present_ref()
+            ref = self.present_ref()
         total = sum(roll.mass)
         verdicts = {
             peer: Verdict(mass / total if total else 0.0, Reason.KEPT)
@@ -141,7 +176,8 @@ class ReferenceAnchor(Anchor):
             "mass_unseen": float(len(audited.unseen)),
             "new_reference": float(taken),
         }
-        self._next = manifest, roll, audited, taken
+        standing = () if taken else tuple(self._offers(manifest, [*accounts.values()]))
+        self._next = manifest, roll, audited, taken, standing
         evidence: Evidence | None = None
         self._trial = Trial(manifest.digest, ref, verdicts, numbers, evidence)
         return self._trial
@@ -151,13 +187,13 @@ class ReferenceAnchor(Anchor):
         trial, following = self._trial, self._next
         if trial is None or following is None or trial.manifest_digest != manifest_digest:
             raise LocalError("a certificate for a manifest that was not the last one tried out")
-        manifest, self.roll, self.audited, taken = following
+        manifest, self.roll, self.audited, taken, self.standing = following
         if taken:
             with self.lock:
                 # A mixing that is still under way measures from the old one: its room is not for the next.
                 self.theta_d, self._next_theta_d = self._next_theta_d, torch.empty_like(self.theta_d)
                 self.state, self._next_state = self._next_state, self.state
-            self.reference_trained, self._ref = self.trained, trial.ref
+            self.reference_trained, self._ref = max(0, self.trained - 1), trial.ref
         self.trained = manifest.trained
         self.round_index, self._trial, self._next = self.round_index + 1, None, None
         return trial
@@ -177,13 +213,20 @@ class ReferenceAnchor(Anchor):
             for item, weight in zip(items, weights, strict=True)
         ]
         most = max(mass, default=0.0) or 1.0
+        least = PAIR_WEIGHT_MIN if self.mode == "pairs" else 0.0
         scale = (1.0,) * len(items) if self.weights.scale is None else self.weights.scale(claims)
         return Roll(
-            manifest.round_index, tuple(item.peer_id for item in items), tuple(part / most for part in mass), scale
+            manifest.round_index,
+            tuple(item.peer_id for item in items),
+            tuple(max(part / most, least) if part else 0.0 for part in mass),
+            scale,
         )
 
     def _audit(self, accounts: dict[PeerId, Account]) -> MassAudit:
-        audited, roll = audit_accounts(accounts), self.roll
+        roll = self.roll
+        if roll is not None:  # an account of another round says nothing of the mixing that was certified last
+            accounts = {peer: account for peer, account in accounts.items() if account.round_index == roll.round_index}
+        audited = audit_accounts(accounts)
         if roll is None or roll.round_index != audited.round_index:
             return audited
         certified = dict(zip(roll.members, roll.mass, strict=True))
@@ -198,16 +241,6 @@ class ReferenceAnchor(Anchor):
             and book.ledger.opened != Fraction(certified.get(peer, 0.0))
         ]
         return audited if not wrong else replace_audit(audited, wrong)
-
-    def _choose(self, manifest: Manifest, accounts: dict[PeerId, Account]) -> BlobRef | None:
-        """The reference to take, should there be several: whose publisher has the smallest hash in this round."""
-        tag = b"farflung reference\0" + manifest.run_id + manifest.round_index.to_bytes(8, "big")
-        offers = [(hashlib.sha256(tag + peer.digest).digest(), peer) for peer in sorted(accounts)]
-        for _, peer in sorted(offers):
-            offered = accounts[peer].reference
-            if offered is not None and self._may_publish(peer) and self._fits(offered):
-                return offered
-        return None
 
     def _read(self, ref: BlobRef) -> bool:
         """Read a reference into the room of the next state. False if it holds numbers that are not finite."""
@@ -224,7 +257,8 @@ class ReferenceAnchor(Anchor):
             offset += len(view)
         return all(bool(part.isfinite().all()) for part in (self._next_theta_d, *self._next_state))
 
-    def _present_ref(self) -> BlobRef:
+    def present_ref(self) -> BlobRef:
+        """The name of the present state. Costs a digest the first time."""
         if self._ref is None:
             self._ref, _ = state_digests(self.arrays())
         return self._ref

@@ -180,7 +180,7 @@ def make_genesis(run: RunFile, founder: bytes, secret: bytes) -> tuple[Genesis, 
     outer, codec, rule = parse_outer(run.outer), parse_codec(run.codec), run.parsed_rule()
     weights = parse_weights(run.weights)
     if run.mixing is not None:
-        check_mixing_run(run.mode, run.mixing, codec, rule, run.liars, schema)
+        check_mixing_run(run.mode, run.mixing, codec, rule, outer, weights, run.liars, schema)
     if weights.scale is not None and (rule.f or not rule.scales):
         why = "it would believe what members claim" if rule.f else "it looks at coordinates one by one"
         raise ConfigError(

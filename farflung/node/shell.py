@@ -225,6 +225,7 @@ class Node:
     def mixed(self) -> None:
         """The mixing of a round has ended: training may go on from what it gave."""
         machine = self.machine
+        self._save_if_due()
         if machine is not None:
             self.local.welcome(machine)
             self._after(machine.round_index)
@@ -235,6 +236,8 @@ class Node:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await self.outbox.stop()
+        if self.mixer is not None:
+            await self.mixer.stop()
         if self.local.wants_saving(math.inf):
             try:
                 await self._in_thread(self.local.save)
@@ -341,7 +344,7 @@ class Node:
         alone = machine.parent.member_of.keys() == {self.me}  # nobody is there to be told, or to release me
         ending = machine.certificate  # known, perhaps not applied: those who stay need not serve a leaver any more
         released = not machine.is_member or (ending is not None and self.me not in ending.manifest.member_of)
-        if self.mixer is not None and self.mixer.busy:
+        if self.mixer is not None and self.mixer.serves(self.clock.now_s()):
             return  # partners count on this member until the mixing has ended
         if over or (machine.leaving and (alone or released)):
             self._left.set()
@@ -390,11 +393,16 @@ class Node:
             self.parts.audit.refused(peer.short, f"payload {ref.short}: {error.why}", round_index=round_index)
             await self._inbox.put(Refused(ref.digest, error.why))
             return
-        if (further := anchor.needs(payload)) is not None:
-            origin, members = peer, self.parts.peers.members
-            self.parts.exchange.offer(await self.parts.exchange.fetch(further, origin=origin, peers=members))
+        offer = anchor.offered(payload)
+        if offer is not None and offer.digest not in self._fetching and self.store.blob(offer.digest) is None:
+            self._fetching[offer.digest] = self._spawn(self._get_further(offer, peer), f"fetch {offer.short}")
         self.parts.audit.arrived(peer, ref)
         await self._inbox.put(Held(ref.digest))
+
+    async def _get_further(self, ref: BlobRef, origin: PeerId | None) -> None:
+        """What a payload offers besides: nobody waits for it as long as no manifest takes it. Raises TimeoutError."""
+        members, wait_s = self.parts.peers.members, None if origin else SNAPSHOT_S
+        self.parts.exchange.offer(await self.parts.exchange.fetch(ref, origin=origin, peers=members, deadline_s=wait_s))
 
     # -- the state ----------------------------------------------------------------------------------------------------
 
@@ -404,7 +412,15 @@ class Node:
                 return
             if self._snapshot is not None:
                 await self._snapshot
-            trial = await self._in_thread(lambda: self.anchor.try_out(manifest, read_payloads(self.store, manifest)))
+            payloads = await self._in_thread(read_payloads, self.store, manifest)
+            taken = self.anchor.taken(manifest, payloads)
+            if taken is not None and self.store.blob(taken.digest) is None:
+                try:
+                    await self._get_further(taken, None)
+                except TimeoutError:
+                    self._lost.set()  # most have it, but they do not give it: reach the tip in another way
+                    return
+            trial = await self._in_thread(self.anchor.try_out, manifest, payloads)
             await self._inbox.put(Staged(manifest.digest, trial.ref.digest))
 
     async def _apply(self, certificate: Certificate) -> None:
@@ -419,6 +435,9 @@ class Node:
         self._forget_fetches()
         if manifest.round_index % self.genesis.snapshot_rounds == 0 or manifest.trained == self.genesis.rounds:
             self._snapshot = self._spawn(self._take_snapshot(manifest.round_index), "snapshot")
+        self._save_if_due()
+
+    def _save_if_due(self) -> None:
         if self.local.wants_saving(self.clock.now_s()):
             self._spawn(self._in_thread(self.local.save), "save own state")
 

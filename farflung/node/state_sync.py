@@ -277,8 +277,10 @@ class StateSync:
             self.doing = f"replaying round {index} of {goal}"
             certificate = self.certificate(index)
             await asyncio.gather(*(self._have(item.payload) for item in certificate.manifest.payloads))
-            for payload in read_payloads(self.store, certificate.manifest):
-                await self._have(self.anchor.needs(payload))
+            if self.anchor.offers_blobs:
+                await self._have(
+                    self.anchor.taken(certificate.manifest, read_payloads(self.store, certificate.manifest))
+                )
             await self._in(pool, self._apply, certificate)
 
     async def _have(self, ref: BlobRef | None) -> None:
@@ -324,13 +326,18 @@ class StateSync:
             *map(self._payload_digests, range(max(oldest - 2 * self.genesis.snapshot_rounds, 1), oldest + 1))
         )
         dropped = [digest for digest in sorted(old - kept) if self.store.blob(digest) is not None]
-        named = (self.store.blob(digest) for digest in dropped)
-        further = [self.anchor.needs(bytes(source.map())) for source in named if source is not None]
-        dropped += [ref.digest for ref in further if ref is not None and ref.digest not in kept]
+        if self.anchor.offers_blobs:
+            dropped += sorted(self._offered(dropped) - self._offered(sorted(kept)))
         for digest in dropped:
             self.store.drop(digest)
         states = {self.certificate(index).state_digest for index in rounds}
         return [digest for digest in dropped if digest not in states]
+
+    def _offered(self, payloads: Collection[bytes]) -> set[bytes]:
+        """What these payloads, as far as they are on disk, offer besides."""
+        sources = (self.store.blob(digest) for digest in payloads)
+        offers = (self.anchor.offered(bytes(source.map())) for source in sources if source is not None)
+        return {offer.digest for offer in offers if offer is not None}
 
     def _payload_digests(self, round_index: int) -> set[bytes]:
         data = self.store.certificate(round_index)

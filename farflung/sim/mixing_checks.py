@@ -48,14 +48,17 @@ def check_mixing(scenario: Scenario) -> None:
     mixing = mixing_of(run)
     if mixing is None:
         return
+    from farflung.aggregation.outer import parse_outer
     from farflung.aggregation.registry import parse_rule
+    from farflung.aggregation.weights import parse_weights
     from farflung.compression import parse_codec
     from farflung.node.mixing_check import check_mixing_run
     from farflung.sim.service_costs import USUAL
 
     rule = parse_rule(run.rule)
     try:
-        check_mixing_run(run.mode, mixing, parse_codec(run.codec), rule, rule.f, USUAL)
+        outer, weights = parse_outer(run.outer), parse_weights(run.weights)
+        check_mixing_run(run.mode, mixing, parse_codec(run.codec), rule, outer, weights, rule.f, USUAL)
     except ConfigError as error:
         raise ConfigError(f"run.mode {run.mode!r}: {error}") from None
     for attack in scenario.attacks:

@@ -136,8 +136,8 @@ SPEC = MemberSpec(
 
 def by_hand(folder: Path, n: int, *, run: Any = None, wrap: Any = None, step_s: Any = None, seed: int = 0) -> World:
     """A world without a scenario. `wrap(task)` changes what members train, `step_s(now)` how fast."""
-    options = {"features": 16, "samples": 64, "batch": 4}
     settings = {"codec": "fp32", "outer": "sgd(lr=1.0)", "inner_steps": 4, "rounds": 3, **(run or {})}
+    options = settings.pop("task_options", {"features": 16, "samples": 64, "batch": 4})
     file = RunFile(name="w", task="builtin:linear", task_options=options, start_members=n, **settings)
     task: Any = load_task(file.task, file.task_options)
 

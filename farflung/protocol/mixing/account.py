@@ -12,7 +12,7 @@ from fractions import Fraction
 from typing import Any, NamedTuple
 
 from farflung.protocol import limits
-from farflung.protocol.blob import BlobRef
+from farflung.protocol.blob import DIGEST_BYTES, BlobRef
 from farflung.protocol.canonical import decode_canonical, encode_canonical
 from farflung.protocol.errors import PeerError
 from farflung.protocol.identity import PeerId
@@ -21,7 +21,7 @@ from farflung.protocol.ledger.books import Ledger, Terms
 from farflung.protocol.ledger.saved import decode_ledger, encode_ledger
 from farflung.protocol.mixing.notes import real, ref_from_json, ref_to_json
 from farflung.protocol.mixing.settings import FRAGMENTS_MAX
-from farflung.protocol.statements import natural
+from farflung.protocol.statements import from_hex, natural
 
 ACCOUNT_BYTES_MAX = 1 << 18
 """Of one account: 8 fragments of 64 partners at 400 bytes are 0.2 MB; an ordinary one has 1 kB."""
@@ -65,7 +65,7 @@ class Book:
 class Account:
     """`behind`: trained rounds that this member's parameters have missed. `round_index`: of the mixing that the books
     are of; 0: none. No books: it took no part in it, and `why` says so. `reference`: the state that this member
-    offers as the new reference."""
+    offers as the new reference, until one is taken. `holds`: the digest of the offered reference that it has here."""
 
     member: PeerId
     behind: int
@@ -73,6 +73,7 @@ class Account:
     books: tuple[Book, ...] = ()
     why: str = ""
     reference: BlobRef | None = None
+    holds: bytes = b""
 
     @property
     def canonical_bytes(self) -> bytes:
@@ -81,6 +82,7 @@ class Account:
             {
                 "behind": self.behind,
                 "books": [_book_json(book) for book in self.books],
+                "holds": self.holds.hex(),
                 "member": str(self.member),
                 "reference": None if self.reference is None else ref_to_json(self.reference),
                 "round": self.round_index,
@@ -92,7 +94,8 @@ class Account:
 def decode_account(data: bytes, terms: Terms) -> Account:
     """The inverse of `canonical_bytes`. `terms`: of the run's ledgers. Raises PeerError."""
     value = decode_canonical(data, bytes_max=ACCOUNT_BYTES_MAX)
-    if not isinstance(value, dict) or value.keys() != {"behind", "books", "member", "reference", "round", "why"}:
+    keys = {"behind", "books", "holds", "member", "reference", "round", "why"}
+    if not isinstance(value, dict) or value.keys() != keys:
         raise PeerError("?", "a malformed account")
     books, why, ref = value["books"], value["why"], value["reference"]
     if not isinstance(books, list) or len(books) > FRAGMENTS_MAX:
@@ -106,6 +109,7 @@ def decode_account(data: bytes, terms: Terms) -> Account:
         books=tuple(_book(book, terms) for book in books),
         why=why,
         reference=None if ref is None else ref_from_json(ref),
+        holds=b"" if value["holds"] == "" else from_hex(value["holds"], "a digest", DIGEST_BYTES),
     )
     _check_books(account)
     if account.canonical_bytes != data:

@@ -64,6 +64,8 @@ class Clockwork:
     """How long the longest tick took so far, or the longest way of a share to its receiver."""
     absent: set[PeerId] = field(default_factory=set)
     """Peers that take no part in the round, or not any more."""
+    hurried: bool = False
+    """Others have gone on without this member: it waits for nobody any more."""
 
     def begin(self, tick: int, now_s: float) -> None:
         """The tick's shares have been sent."""
@@ -81,7 +83,7 @@ class Clockwork:
         """Whether the tick need not be waited for any longer. `since_s`: when the round began: nobody is silent yet."""
         missing = self.waits_for()
         late = bool(missing) and now_s >= self.began_s + self.patience.tick.value_s
-        if missing and not late and now_s < self.silent_s(missing, heard, since_s):
+        if missing and not late and not self.hurried and now_s < self.silent_s(missing, heard, since_s):
             return False
         self.given_up += len(missing)
         if self.plan[self.tick].awaits and (late or not missing):  # of silence there is nothing to be learnt

@@ -127,6 +127,11 @@ class PairMachine:
         """Time has passed; due at `wake_s`."""
         return self._step(now_s)
 
+    def hurry(self, now_s: float) -> list[Effect]:
+        """Others are in a later round already: go through what is left without waiting for anybody."""
+        self.clock.hurried = True
+        return self._step(now_s)
+
     def closed(self, now_s: float) -> list[Effect]:
         """The round is over here; partners who are not so far are still answered."""
         return self._take()

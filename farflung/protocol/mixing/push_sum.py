@@ -221,6 +221,11 @@ class PushSumMachine:
         """Time has passed; due at `wake_s`."""
         return self._step(now_s)
 
+    def hurry(self, now_s: float) -> list[Effect]:
+        """Others are in a later round already: go through what is left without waiting for anybody."""
+        self.clock.hurried, self._settle_s = True, now_s
+        return self._step(now_s)
+
     def closed(self, now_s: float) -> list[Effect]:
         """The books were taken for the account: from now on nothing counts, and whoever asks is told so."""
         if self.stage is not Stage.OVER:
@@ -255,7 +260,8 @@ class PushSumMachine:
         if self.stage is Stage.WAITING:
             return self.clock.waits_for()
         if self.stage is Stage.SETTLING:
-            return tuple(sorted({p for ledger in self.ledgers for p, edge in ledger.out.items() if edge.escrow}))
+            owing = {peer for ledger in self.ledgers for peer, edge in ledger.out.items() if edge.escrow}
+            return tuple(sorted(owing - self.clock.absent))
         return ()
 
     # -- advancing ----------------------------------------------------------------------------------------------------
@@ -284,7 +290,8 @@ class PushSumMachine:
             return
         self.stage = Stage.SETTLING
         # What is under way may still arrive in its own time; after that it is asked back.
-        self._settle_s = now_s + self.patience.tick.value_s + self.patience.settle_s
+        longest_s = self.patience.tick.value_s + self.patience.settle_s
+        self._settle_s = now_s if self.clock.hurried else now_s + longest_s
 
     def _is_settled(self, now_s: float) -> bool:
         return now_s >= min(self._settle_s, self.clock.silent_s(self.waits_for(), self.heard, self.started_s))
