@@ -54,7 +54,7 @@ class Attendance:
 
     def hear_announcement(self, item: Announcement) -> None:
         """Raises PeerError if it is not allowed, or a second one that differs from the first."""
-        check_announcement(item, self.slot, self.parent, self.payload_bytes_max)
+        check_announcement(item, self.slot, self.parent, self.genesis, self.payload_bytes_max)
         if self.announcements.setdefault(item.peer_id, item) != item:
             raise PeerError(item.peer_id.short, f"equivocation: two payloads in round {self.slot.round_index}")
 

@@ -247,7 +247,7 @@ def check_manifest(
         if ids != sorted(set(ids)):
             raise PeerError(who, "a manifest whose lists are not sorted or name somebody twice")
     for item in manifest.announcements:
-        check_announcement(item, slot, parent, payload_bytes_max)
+        check_announcement(item, slot, parent, genesis, payload_bytes_max)
     if len(manifest.joined) > limits.JOINS_PER_ROUND_MAX:
         raise PeerError(who, f"{len(manifest.joined)} joins in one manifest")
     for request in manifest.joined:
@@ -268,8 +268,13 @@ def check_manifest(
         raise PeerError(who, "a manifest whose next members do not follow from it")
 
 
-def check_announcement(item: Announcement, slot: Slot, parent: Manifest, payload_bytes_max: int) -> None:
-    """Raise PeerError unless a member may say this in this round."""
+def check_announcement(
+    item: Announcement, slot: Slot, parent: Manifest, genesis: Genesis, payload_bytes_max: int
+) -> None:
+    """Raise PeerError unless a member may say this in this round.
+
+    A payload is of at least one step; where members mix it is an account, which whoever trained nothing has as well.
+    """
     who = item.peer_id.short
     if item.peer_id not in parent.member_of:
         raise PeerError(who, "announces without being a member")
@@ -277,7 +282,8 @@ def check_announcement(item: Announcement, slot: Slot, parent: Manifest, payload
         raise PeerError(who, "announces before training has started")
     if item.payload is not None and item.payload.size > payload_bytes_max:
         raise PeerError(who, f"announces {item.payload.size} bytes where {payload_bytes_max} are the most")
-    if (item.payload is not None) != (item.steps > 0):
+    empty = item.payload is not None and genesis.mode != "gather"
+    if not empty and (item.payload is not None) != (item.steps > 0):
         raise PeerError(who, f"announces a payload of {item.steps} steps" if item.payload else "abstains with steps")
     item.check(slot)
 
