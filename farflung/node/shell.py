@@ -120,6 +120,8 @@ class Node:
         self._pool = parts.workers or ThreadPoolExecutor(max(2, self.anchor.threads), "farflung")
         self._tasks: dict[asyncio.Task[None], None] = {}
         self._fetching: dict[bytes, asyncio.Task[None]] = {}
+        self._further: dict[bytes, asyncio.Task[None]] = {}
+        """Fetches of what payloads offer besides: they may take longer than a round."""
         self._trying = asyncio.Lock()
         self._snapshot: asyncio.Task[None] | None = None
         self._served: deque[bytes] = deque()
@@ -394,15 +396,23 @@ class Node:
             await self._inbox.put(Refused(ref.digest, error.why))
             return
         offer = anchor.offered(payload)
-        if offer is not None and offer.digest not in self._fetching and self.store.blob(offer.digest) is None:
-            self._fetching[offer.digest] = self._spawn(self._get_further(offer, peer), f"fetch {offer.short}")
+        if offer is not None and offer.digest not in self._further and self.store.blob(offer.digest) is None:
+            self._further[offer.digest] = task = self._spawn(self._get_further(offer, peer), f"fetch {offer.short}")
+            task.add_done_callback(lambda done: self._further.pop(offer.digest, None))
         self.parts.audit.arrived(peer, ref)
         await self._inbox.put(Held(ref.digest))
 
     async def _get_further(self, ref: BlobRef, origin: PeerId | None) -> None:
-        """What a payload offers besides: nobody waits for it as long as no manifest takes it. Raises TimeoutError."""
-        members, wait_s = self.parts.peers.members, None if origin else SNAPSHOT_S
-        self.parts.exchange.offer(await self.parts.exchange.fetch(ref, origin=origin, peers=members, deadline_s=wait_s))
+        """What a payload offers besides: nobody waits for it as long as no manifest takes it. An offer nobody has any
+        more is given up; one that a manifest took (no origin) raises TimeoutError then."""
+        members = self.parts.peers.members
+        try:
+            source = await self.parts.exchange.fetch(ref, origin=origin, peers=members, deadline_s=SNAPSHOT_S)
+        except TimeoutError:
+            if origin is None:
+                raise
+            return  # if it still stands, the next round's accounts offer it again
+        self.parts.exchange.offer(source)
 
     # -- the state ----------------------------------------------------------------------------------------------------
 
