@@ -253,7 +253,7 @@ def publish_all(runs: FinishedRuns[MixSetting, MixOutcome], out: Path, pictures:
         seeds = max(line.seeds for line in lines)
         caption = (
             "Validation loss over that of the row named in the table, in percent, with the standard deviation over "
-            f"{seeds} paired seeds. 16 members, H = 15, {ROUNDS} rounds, byte GPT of 68 thousand parameters."
+            f"up to {seeds} paired seeds. 16 members, H = 15, {ROUNDS} rounds, byte GPT of 68 thousand parameters."
         )
         with house_settings():
             title = "What an exchange costs that is inexact, lossy, rounded, weighted or lied to"

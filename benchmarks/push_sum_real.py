@@ -1,6 +1,6 @@
 """Push-sum among eight real processes that lose messages, one of which is killed and one of which comes late.
 
-    python benchmarks/push_sum_real.py     # all losses with fp32 and int8: about 15 minutes on two cores
+    python benchmarks/push_sum_real.py     # all losses with fp32 and int8: about 25 minutes on two cores
     python benchmarks/push_sum_real.py --codecs int8 --losses none bulk
 
 Every process is `farflung join` on loopback, with real gRPC and TLS; only its transport loses messages
@@ -246,7 +246,7 @@ def summary(play: Play) -> dict[str, Any]:
         "with unseen": sum(float(entry.get("mass_unseen", 0.0)) > 0 for entry in entries),
         "discrepancies": play.words("mass is not conserved"),
         "states differ": sum(len(found) > 1 for found in states.values()),
-        "warnings": play.words(r"WARN|ERROR|Traceback|refused"),
+        "warnings": play.words(r"(?i)warning:|error:|Traceback"),
     }
 
 

@@ -151,6 +151,7 @@ class Node:
             await self._in_thread(self.local.restore)
             while not self._left.is_set():
                 self.machine = None  # what still runs for the one before finds that it is gone
+                self.parts.peers.wanted = tuple  # and until there is another, anybody may help
                 self._forget_fetches()
                 if self.mixer is not None:
                     await self.mixer.stop()  # nothing is heard any more, and its reference is about to be overwritten
@@ -412,6 +413,7 @@ class Node:
             if origin is None:
                 raise
             return  # if it still stands, the next round's accounts offer it again
+        await self._in_thread(self.sync.keep, source)
         self.parts.exchange.offer(source)
 
     # -- the state ----------------------------------------------------------------------------------------------------

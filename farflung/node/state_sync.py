@@ -17,12 +17,13 @@ from typing import Any
 import torch
 
 from farflung.node.anchor import Anchor, state_digests
+from farflung.node.blob_sources import read_all
 from farflung.node.blobs import BlobExchange, BlobSource
 from farflung.node.peers import Peers
 from farflung.node.runtime import Transport
 from farflung.node.snapshots import Snapshot
 from farflung.node.store import RunStore
-from farflung.protocol.blob import BlobRef, choose_chunk_bytes
+from farflung.protocol.blob import BlobRef, choose_chunk_bytes, describe
 from farflung.protocol.certificate import Certificate, check_certificate, decode_certificate
 from farflung.protocol.errors import ConfigError, LocalError, PeerError, TooFewPeers
 from farflung.protocol.genesis import Genesis
@@ -278,15 +279,23 @@ class StateSync:
             certificate = self.certificate(index)
             await asyncio.gather(*(self._have(item.payload) for item in certificate.manifest.payloads))
             if self.anchor.offers_blobs:
-                await self._have(
-                    self.anchor.taken(certificate.manifest, read_payloads(self.store, certificate.manifest))
-                )
+                payloads = read_payloads(self.store, certificate.manifest)
+                further = await self._have(self.anchor.taken(certificate.manifest, payloads))
+                if further is not None:
+                    await self._in(pool, self.keep, further)
             await self._in(pool, self._apply, certificate)
 
-    async def _have(self, ref: BlobRef | None) -> None:
-        """Raises TimeoutError: perhaps everybody has dropped it. What has come of it is kept."""
-        if ref is not None and self.store.blob(ref.digest) is None:
-            await self.exchange.fetch(ref, origin=None, peers=self.peers.others, deadline_s=SNAPSHOT_S)
+    async def _have(self, ref: BlobRef | None) -> BlobSource | None:
+        """What was fetched. Raises TimeoutError: perhaps everybody has dropped it. What has come of it is kept."""
+        if ref is None or self.store.blob(ref.digest) is not None:
+            return None
+        return await self.exchange.fetch(ref, origin=None, peers=self.peers.others, deadline_s=SNAPSHOT_S)
+
+    def keep(self, source: BlobSource) -> None:
+        """Have a blob on disk that was fetched: one that is the state of a snapshot here came from that."""
+        if self.store.blob(source.ref.digest) is None:
+            data = read_all(source)
+            self.store.put(data, *describe(data))
 
     def _apply(self, certificate: Certificate) -> None:
         trial = self.anchor.try_out(certificate.manifest, read_payloads(self.store, certificate.manifest))

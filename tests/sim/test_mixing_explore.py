@@ -27,7 +27,20 @@ FELLED = (
     "fell(0,own,3.81,+2.85) crash(2,4.74,+0.16) disk(0,5.09,x40,+2.41) fell(2,proposal,5.09,+2.9) "
     "fell(0,own,5.12,+0.26)"
 )
-FOUND = {"a member that restarts after its announcement mixes zeros in the place of what it had trained": FELLED}
+FOUND = {
+    "a member that restarts after its announcement mixes zeros in the place of what it had trained": FELLED,
+    "a member that starts over from the chain is asked for the members of a round that it has left": (
+        "v1 seed=3391 members=3 rounds=0 steps=1 quorum=66 mode=flow double(1,2,Certified,0.51,0.16,+2.07) "
+        "crash(1,1.35,+2.36) double(*,1,Note,2.06,0.19,+0.36) lose(2,*,any,2.25,+0.41) delay(0,*,Note,4.27,0.89,+1.06) "
+        "skew(1,4.55,27.31,+0.69) double(2,*,Note,4.93,0.62,+1.9) cut(1,4.94,+10.32) "
+        "lose(*,2,Announcement,5.61,+0.38) disk(2,5.76,x4,+0.26)"
+    ),
+    "a reference that is also the state of a snapshot is never on disk as a blob": (
+        "v1 seed=4159 members=3 rounds=0 steps=2 quorum=50 mode=flow fell(2,promise,1.47,+5.83) crash(1,3.37,+0.22) "
+        "cut(0,3.52,+8.3) delay(1,2,Proposal,4.44,0.19,+1.69) join(2,4.47) disk(1,5.03,x10,+3.5) kill(1,5.17) "
+        "delay(2,1,Announcement,5.49,1.23,+1.12) double(1,*,Promise,5.89,2.73,+2.3)"
+    ),
+}
 
 
 # -- schedules --------------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ class Gap(NamedTuple):
     mean: float
     """Infinite if training was lost with one of the seeds."""
     spread: float
-    """Standard deviation over seeds; 0 for one seed."""
+    """Standard deviation over seeds; 0 for one seed, of which nothing is known."""
 
 
 class Line(NamedTuple):
@@ -74,9 +74,9 @@ def rows_of(lines: Sequence[Line]) -> list[dict[str, Any]]:
             "mean model": _finite(line.mean_loss),
             "compared with": line.entry.reference,
             "members %": _finite(100 * line.members.mean),
-            "sd": 100 * line.members.spread,
+            "sd": _spread(line, line.members),
             "mean model %": _finite(100 * line.mean_model.mean),
-            "sd ": 100 * line.mean_model.spread,
+            "sd ": _spread(line, line.mean_model),
             "apart": _finite(line.apart),
             "seeds": line.seeds,
         }
@@ -124,6 +124,11 @@ def _line(entry: Entry, pairs: Sequence[tuple[MixOutcome, MixOutcome]]) -> Line:
         max(own.mass_error_max for own in owns),
         members,
     )
+
+
+def _spread(line: Line, gap: Gap) -> float | None:
+    """In percent, if there is more than one seed."""
+    return 100 * gap.spread if line.seeds > 1 else None
 
 
 def _gap(values: Sequence[float]) -> Gap:
