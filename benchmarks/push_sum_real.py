@@ -285,9 +285,9 @@ def _growth(resident: Sequence[int]) -> float:
 
 def returns(play: Play) -> dict[str, Any]:
     """How the killed and the late member came back; rounds are counted from the last in which they were missing."""
-    found: dict[str, Any] = {"codec": play.codec, "lost": play.losses.what}
     fate = next(fate for what, fate in play.fates() if what == "life")
     killed_in = int(re.findall(r"\d+", fate)[0])
+    found: dict[str, Any] = {"codec": play.codec, "lost": play.losses.what, "killed in": killed_in}
     others = [member for member in play.children if member not in (VICTIM, LATE)]
     curves = {member: play.validation(member) for member in play.children}
     for name, member, after in (("killed", VICTIM, killed_in), ("late", LATE, 0)):
@@ -301,7 +301,6 @@ def returns(play: Play) -> dict[str, Any]:
         first = min(gaps)
         level = next((index for index in gaps if all(gap < NEAR for at, gap in gaps.items() if at >= index)), None)
         found |= {
-            f"{name} in": after or None,
             f"{name}: back in": first,
             f"{name}: behind": " ".join(map(str, behind[:4])),
             f"{name}: gap": f"{gaps[first] - 1:+.1%}",
