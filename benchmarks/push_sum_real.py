@@ -230,7 +230,8 @@ def summary(play: Play) -> dict[str, Any]:
     logs = [play.log(member) for member in play.children]
     entries = [entry for log in logs for entry in log]
     last = max(int(entry["round"]) for entry in entries)
-    finals = [play.validation(member)[last] for member in play.children]
+    curves = [play.validation(member) for member in play.children]
+    finals = [curve[last] for curve in curves if last in curve]
     states: dict[int, set[str]] = {}
     for entry in entries:
         states.setdefault(int(entry["round"]), set()).add(str(entry["state"]))
@@ -238,6 +239,7 @@ def summary(play: Play) -> dict[str, Any]:
         "codec": play.codec,
         "lost": play.losses.what,
         "rounds": int(logs[0][-1]["trained"]),
+        "finished": len(finals),
         "loss": statistics.mean(finals),
         "worst": max(finals),
         "mass error": max(float(entry.get("mass_error", 0.0)) for entry in entries),
@@ -246,7 +248,7 @@ def summary(play: Play) -> dict[str, Any]:
         "with unseen": sum(float(entry.get("mass_unseen", 0.0)) > 0 for entry in entries),
         "discrepancies": play.words("mass is not conserved"),
         "states differ": sum(len(found) > 1 for found in states.values()),
-        "warnings": play.words(r"(?i)warning:|error:|Traceback"),
+        "warnings": play.words(r"\d (?:warning|error|critical): |Traceback"),
     }
 
 
@@ -298,6 +300,8 @@ def returns(play: Play) -> dict[str, Any]:
             for index, loss in sorted(curves[member].items())
             if index > after and all(index in curves[other] for other in others)
         }
+        if not gaps:  # the run was over before it came
+            continue
         first = min(gaps)
         level = next((index for index in gaps if all(gap < NEAR for at, gap in gaps.items() if at >= index)), None)
         found |= {
@@ -316,7 +320,7 @@ def show(out: Path, rows: Sequence[Row], took: Sequence[Row], back: Sequence[Row
         whole = next((r["loss"] for r in rows if r["codec"] == row["codec"] and r["lost"] == "nothing"), None)
         gap = row["loss"] / whole - 1 if whole else float("nan")
         safe = row["mass error"] < 1e-6 and not row["discrepancies"] and not row["states differ"]
-        reached = safe and gap <= 0.02
+        reached = safe and gap <= 0.02 and row["finished"] == MEMBERS
         sound &= reached
         lines.append(
             goal(

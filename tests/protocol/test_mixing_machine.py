@@ -16,7 +16,7 @@ from farflung.protocol.ledger.books import Terms
 from farflung.protocol.ledger.messages import Fence, Parcel, Receipt
 from farflung.protocol.mixing.clockwork import Patience, TickPlan
 from farflung.protocol.mixing.notes import Absent, Note, Offer
-from farflung.protocol.mixing.push_sum import Close, Get, Move, Posted, PushSumMachine, Split, Stage, Tell
+from farflung.protocol.mixing.push_sum import MISSES_MAX, Close, Get, Move, Posted, PushSumMachine, Split, Stage, Tell
 
 ME, OTHER, THIRD, *_ = members_of(4)
 
@@ -102,6 +102,20 @@ def test_nothing_is_expected_of_who_is_absent_and_nothing_is_given_to_it():
     assert machine.unresolved > 0
     (lapsed,) = machine.closed(0.3)
     assert type(lapsed.effect).__name__ == "Lapsed"
+
+
+def test_a_vector_that_does_not_come_is_not_waited_for_but_may_still_come():
+    machine = machine_of()
+    machine.post(0, posted(), 0.0)
+    note = parcel()
+    for again in range(MISSES_MAX):
+        assert machine.stage is Stage.WAITING
+        assert Get(OTHER, note) in machine.hear(OTHER, note, 0.1 + again)
+        machine.missed(OTHER, note, 0.2 + again)
+    assert machine.stage is Stage.SPLITTING
+    assert Get(OTHER, note) in machine.hear(OTHER, note, 9.0)
+    moves = machine.arrived(OTHER, note, 9.1)
+    assert [type(move.effect).__name__ for move in moves if isinstance(move, Move)] == ["Credit"]
 
 
 def test_in_a_hurry_nobody_is_waited_for():

@@ -40,9 +40,10 @@ class Patience:
 
     @staticmethod
     def of(genesis: Genesis) -> Patience:
-        """Without history a tick may take as long as a round may."""
+        """Without history a tick may take `tick_ms`, but not longer than a round may."""
         timing, mixing = genesis.timing, genesis.mixing
-        tick = AdaptiveDeadline(timing.view_floor_ms / 1e3, timing.deadline_ceiling_ms / 1e3, timing.deadline_mads)
+        most_s = min(mixing.tick_ms, timing.deadline_ceiling_ms) / 1e3
+        tick = AdaptiveDeadline(min(timing.view_floor_ms / 1e3, most_s), most_s, timing.deadline_mads)
         return Patience(tick, mixing.silence_ms / 1e3, mixing.settle_ms / 1e3, timing.resend_ms / 1e3)
 
 

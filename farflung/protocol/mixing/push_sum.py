@@ -32,6 +32,9 @@ from farflung.protocol.ledger.messages import Parcel, Receipt
 from farflung.protocol.mixing.clockwork import Clockwork, Heard, Patience, TickPlan
 from farflung.protocol.mixing.notes import Absent, Note, Offer
 
+MISSES_MAX = 3
+"""A tick does not wait for a vector that did not come so often, each time tried several times over."""
+
 
 class Stage(StrEnum):
     """Where a member is in its mixing."""
@@ -122,6 +125,8 @@ class PushSumMachine:
     """When each tick's shares left."""
     _took: list[int] = field(default_factory=list)
     """Ticks of parcels that were resolved in the present step."""
+    _misses: dict[tuple[PeerId, int, int], int] = field(default_factory=dict)
+    """How often each parcel's vector did not come."""
     _splitting: int = -1
     """The tick whose split was asked for last."""
     _said_s: float = -math.inf
@@ -214,7 +219,13 @@ class PushSumMachine:
         """The vector of a parcel did not come, or cannot be read. It is asked for again when its sender repeats itself;
         until then it counts for nothing."""
         assert isinstance(note.content, Parcel)
-        self._asked.pop((peer, note.fragment, note.content.seq), None)
+        key = (peer, note.fragment, note.content.seq)
+        self._asked.pop(key, None)
+        self._misses[key] = self._misses.get(key, 0) + 1
+        if (
+            self._misses[key] >= MISSES_MAX
+        ):  # its sender is there, its vector is not: it may come, but is not waited for
+            self.clock.brought.add((note.tick, peer, note.fragment))
         return self._step(now_s)
 
     def tick(self, now_s: float) -> list[Effect]:

@@ -41,6 +41,10 @@ class Mixing:
     radius_percent: int = 100
     """Pairs: how far a member lets itself be moved, as a share of its usual distance to partners."""
 
+    tick_ms: int = 120_000
+    """A tick is waited for at most so long; less, once members know how long ticks take. More for large vectors on slow
+    lines: this must be enough for one to arrive."""
+
     settle_ms: int = 5_000
     """How long after the last tick members wait for word of what is still under way."""
 
@@ -55,6 +59,7 @@ class Mixing:
             "gamma_percent": (1, 100),
             "late_percent": (0, 10_000),
             "radius_percent": (1, 100_000),
+            "tick_ms": (1, 86_400_000),
             "settle_ms": (1, 86_400_000),
             "silence_ms": (1, 86_400_000),
         }
