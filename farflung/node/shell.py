@@ -19,6 +19,7 @@ from typing import Any
 from farflung.compression.codec import Link
 from farflung.node.anchor import Anchor
 from farflung.node.audit import Audit
+from farflung.node.blobfiles import FileSource
 from farflung.node.blobs import BlobExchange
 from farflung.node.entries import decode_entry, encode_entry
 from farflung.node.local_phase import LocalPhase
@@ -347,11 +348,11 @@ class Node:
         alone = machine.parent.member_of.keys() == {self.me}  # nobody is there to be told, or to release me
         ending = machine.certificate  # known, perhaps not applied: those who stay need not serve a leaver any more
         released = not machine.is_member or (ending is not None and self.me not in ending.manifest.member_of)
-        if self.mixer is not None and self.mixer.serves(self.clock.now_s()):
-            return  # partners count on this member until the mixing has ended
-        if over or (machine.leaving and (alone or released)):
+        serves = self.mixer is not None and self.mixer.serves(self.clock.now_s())  # then partners count on this member
+        if not serves and (over or (machine.leaving and (alone or released))):
             self._left.set()
-        self.local.hurry(machine)
+        if self.mixer is None or not self.mixer.busy:
+            self.local.hurry(machine)
 
     async def _speak(self, result: LocalResult, slot: Slot, members: int) -> None:
         """Encode, put on disk, announce; or abstain."""
@@ -389,19 +390,23 @@ class Node:
         if held is None:
             raise LocalError(f"a fetched payload is not on disk: {ref.short}")
         self.parts.exchange.offer(held)
-        anchor, payload = self.anchor, bytes(held.map())
         try:
-            await self._in_thread(anchor.check, payload, round_index, peer)
+            offer = await self._in_thread(self._check_payload, held, round_index, peer)
         except PeerError as error:
             self.parts.audit.refused(peer.short, f"payload {ref.short}: {error.why}", round_index=round_index)
             await self._inbox.put(Refused(ref.digest, error.why))
             return
-        offer = anchor.offered(payload)
         if offer is not None and offer.digest not in self._further and self.store.blob(offer.digest) is None:
             self._further[offer.digest] = task = self._spawn(self._get_further(offer, peer), f"fetch {offer.short}")
             task.add_done_callback(lambda done: self._further.pop(offer.digest, None))
         self.parts.audit.arrived(peer, ref)
         await self._inbox.put(Held(ref.digest))
+
+    def _check_payload(self, held: FileSource, round_index: int, peer: PeerId) -> BlobRef | None:
+        """What a sound payload offers besides. For a thread: it may be large. Raises PeerError for others."""
+        payload = bytes(held.map())
+        self.anchor.check(payload, round_index, peer)
+        return self.anchor.offered(payload)
 
     async def _get_further(self, ref: BlobRef, origin: PeerId | None) -> None:
         """What a payload offers besides: nobody waits for it as long as no manifest takes it. An offer nobody has any
