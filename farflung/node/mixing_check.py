@@ -32,9 +32,12 @@ def default_mixing(mode: str) -> Mixing:
 
 
 def default_outer(mixing: Mixing | None) -> str:
-    """Momentum amplifies what members differ by: less of it where a round does not bring them together."""
+    """Momentum amplifies what members differ by: less of it where a round does not bring them together.
+
+    The latter was best of heavy-ball and Nesterov for K = 2, K = 1 and pairs among 16 members (docs/push-sum.md).
+    """
     exact = mixing is None or (mixing.ticks == 0 and parse_graph(mixing.graph).exact(MATCHING_SIZES[-1] - 1))
-    return "nesterov(lr=0.7,momentum=0.6)" if exact else "heavy-ball(lr=0.7,momentum=0.5)"
+    return "nesterov(lr=0.7,momentum=0.6)" if exact else "nesterov(lr=0.4,momentum=0.5)"
 
 
 def check_mixing_run(

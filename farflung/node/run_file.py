@@ -58,8 +58,8 @@ class RunFile:
     """How many members' updates may be lies; 0: everybody is trusted. Named again in the rule, as its f."""
 
     outer: str = ""
-    """How the anchor moves: "sgd(lr=1.0)" averages models. Left out: Nesterov, or where a round is one inexact exchange
-    heavy ball with less momentum."""
+    """How the anchor moves: "sgd(lr=1.0)" averages models. Left out: Nesterov, with less momentum where a round does not
+    bring members together."""
 
     inner_steps: int = 30
     """Local steps per round. Traffic per step falls with it, and so, slowly, does what a step is worth."""

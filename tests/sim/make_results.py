@@ -47,7 +47,9 @@ def make_run(
         seconds = _blame_seconds(rng, members, step_s, up_mbit, payload)
         blame = [Blame("compute", -1, seconds["compute"]), Blame("straggler", worst_step, seconds["straggler"])]
         blame += [Blame("upload", worst_up, 0.8 * seconds["upload"]), Blame("upload", -1, 0.2 * seconds["upload"])]
-        blame += [Blame(cause, int(rng.integers(-1, members)), seconds[cause]) for cause in CAUSES[3:] if cause in seconds]
+        blame += [
+            Blame(cause, int(rng.integers(-1, members)), seconds[cause]) for cause in CAUSES[3:] if cause in seconds
+        ]
         end_s = float(now_s + sum(item.seconds for item in blame))
         loss = 2.5 + 3.0 * (index + 1) ** -0.6 + float(rng.normal(0, 0.01))
         value = {"loss_estimate": loss} if fidelity == "timing" else {"loss": loss, "validation": loss + 0.05}
