@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from farflung.aggregation.graphs import parse_graph
 from farflung.aggregation.outer import parse_outer
 from farflung.aggregation.registry import parse_rule
 from farflung.aggregation.weights import parse_weights
@@ -22,7 +23,7 @@ from farflung.node.audit import Audit
 from farflung.node.blobs import BlobExchange
 from farflung.node.flat import read_parameters
 from farflung.node.mailbox import Mailbox
-from farflung.node.mixing_codec import EXACT
+from farflung.node.mixing_codec import EXACT, MixingCodec, cut
 from farflung.node.mixing_round import terms_of
 from farflung.node.peers import Peers
 from farflung.node.reference import ReferenceAnchor
@@ -81,7 +82,10 @@ def assemble(
 
 
 def make_anchor(genesis: Genesis, model: nn.Module, *, threads: int = 1) -> Anchor:
-    """The anchor of round 0 as this model was built; state sync replaces it where the run began elsewhere."""
+    """The anchor of round 0 as this model was built; state sync replaces it where the run began elsewhere.
+
+    Raises ConfigError for what this version of farflung cannot do.
+    """
     theta_d = torch.empty(genesis.schema.numel)
     read_parameters(model, theta_d)
     codec = parse_codec(genesis.codec)
@@ -98,5 +102,7 @@ def make_anchor(genesis: Genesis, model: nn.Module, *, threads: int = 1) -> Anch
     }
     if genesis.mode == "gather":
         return Anchor(**parts)
+    parse_graph(genesis.mixing.graph)  # what this version cannot mix by is said now, not in the first mixing
+    MixingCodec(codec, cut(genesis.schema.numel, genesis.mixing.fragments))
     terms = terms_of(codec.spec == EXACT)
     return ReferenceAnchor(**parts, mode=genesis.mode, mixing=genesis.mixing, terms=terms)

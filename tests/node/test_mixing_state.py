@@ -13,12 +13,14 @@ from farflung.aggregation.outer import parse_outer
 from farflung.aggregation.registry import parse_rule
 from farflung.aggregation.weights import parse_weights
 from farflung.compression import parse_codec
+from farflung.node.assembly import make_anchor
 from farflung.node.blob_sources import MemoryBlob
 from farflung.node.mixing_codec import EXACT, MixingCodec, cut
 from farflung.node.mixing_round import terms_of
 from farflung.node.reference import ReferenceAnchor
 from farflung.node.replica import Replica
 from farflung.node.run_file import RunFile, make_genesis, parse_run
+from farflung.node.tasks.load import load_task
 from farflung.protocol.blob import describe
 from farflung.protocol.errors import ConfigError, LocalError, PeerError
 from farflung.protocol.genesis import decode_genesis
@@ -361,6 +363,16 @@ def test_momentum_is_less_where_a_round_does_not_bring_members_together():
 def test_what_cannot_work_is_refused_with_its_reason(settings, words):
     with pytest.raises(ConfigError, match=words):
         genesis_of(**settings)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"mixing": Mixing(graph="mobius")}, {"codec": "ef(1)|q2"}, {"mixing": Mixing(fragments=2)}]
+)
+def test_who_joins_a_run_it_cannot_mix_in_is_told_at_once(changes):
+    genesis = replace(genesis_of(mode="push-sum"), **changes)
+    task = load_task(genesis.task, {"features": 16, "samples": 64, "batch": 4, "noise": 0.0})
+    with pytest.raises(ConfigError):
+        make_anchor(genesis, task.build_model())
 
 
 def test_sparse_codecs_travel_with_a_small_gamma():
