@@ -22,9 +22,9 @@ from farflung.protocol.manifest import Manifest, proposer_order
 from farflung.protocol.round import RoundMachine
 
 NOISE_MAX = 0.5
-"""A new reference is due when rounding leaves out more of a round's movement than this: offsets from an old one drown. It
-is as large as the state, and rounding is forgiving: training with int4 and references 20 rounds old, far beyond this, cost
-0.09 % (docs/push-sum.md)."""
+"""A new reference is due when rounding leaves out more of a round's movement than this: offsets from an old one drown.
+A reference is as large as the state, and rounding is forgiving: training with int4 and references 20 rounds old, far
+beyond this, cost 0.09 % (docs/push-sum.md)."""
 
 
 class MixingPhase(LocalPhase):

@@ -58,7 +58,7 @@ class RunFile:
     """How many members' updates may be lies; 0: everybody is trusted. Named again in the rule, as its f."""
 
     outer: str = ""
-    """How the anchor moves: "sgd(lr=1.0)" averages models. Left out: Nesterov, with less momentum where a round does not
+    """How the anchor moves: "sgd(lr=1.0)" averages models. Left out: Nesterov, and less of it where a round does not
     bring members together."""
 
     inner_steps: int = 30
