@@ -139,7 +139,7 @@ class FlowCarrier:
     weight_max: float
     gamma: float
     movement: float
-    """How far the local phase went, ‖φ − θ_i‖: by this what rounding leaves out is measured."""
+    """How far the local phase went, a fragment's part of ‖φ − θ_i‖: by this what rounding leaves out is measured."""
     counted: int = 0
     noise: float = 0.0
     """What rounding left out of the first messages, relative to that; offsets grow as their reference ages."""
@@ -253,6 +253,8 @@ class PairCarrier:
     movement: float
     met: int = 0
     clipped: int = 0
+    least_clip: float = 1.0
+    """By what the most shortened meeting was multiplied."""
     noise: float = 0.0
     """See `FlowCarrier`."""
     _offers: dict[tuple[int, int], PairOffer] = field(default_factory=dict)
@@ -291,6 +293,7 @@ class PairCarrier:
         meeting = pair.meet(PairOffer(said.radius, self.weights[peer]), theirs_d, peer=peer.short, mine=mine)
         self.met += 1
         self.clipped += meeting.clip < 1
+        self.least_clip = min(self.least_clip, meeting.clip)
 
 
 def whole_bytes(blob: MemoryBlob) -> bytes:

@@ -72,6 +72,8 @@ class Ways:
     tell: Callable[[PeerId, str, Slot, Note], None]
     spawn: Callable[[Coroutine[Any, Any, None], str], asyncio.Task[None]]
     in_thread: Callable[..., Awaitable[Any]]
+    in_loop: Callable[[Callable[[], None]], None]
+    """From a thread: have the loop do this soon."""
     over: Callable[[], None]
     """Called when a round's mixing has ended and the replica stands where training goes on."""
     note: Callable[[str], None]
@@ -132,6 +134,8 @@ class Mixer:
         self._end_round()
         if ways.me not in roll.members or not any(roll.mass):
             ways.replica.stay(manifest.round_index)
+            if not any(roll.mass):  # nobody did a step: nobody has missed anything
+                ways.replica.trained += manifest.trained - ways.anchor.trained_before
             return
         if ways.replica.phi_round != manifest.round_index:  # announced by the process before this one
             self.sit_out(manifest)
@@ -299,16 +303,16 @@ class Mixer:
 
     async def _get(self, current: MixingRound, peer: PeerId, note: Note) -> None:
         """Fetch one vector and say what came of it."""
+        step = current.machine.missed
+        payload = None
         try:
             payload = await self._fetch(current, peer, note)
             await self._think(lambda: current.read(peer, note, payload))
+            step = current.machine.arrived
         except (PeerError, TimeoutError, ConnectionError) as error:
             log.debug("no vector from %s: %s", peer.short, error)
-            if isinstance(error, PeerError):
+            if isinstance(error, PeerError) and payload is not None:  # refusing to give it may have good reasons
                 self._complain(peer, error)
-            step = current.machine.missed
-        else:
-            step = current.machine.arrived
         if current is self._round:
             if self._task is not None:
                 self._queue.put_nowait(lambda now_s: step(peer, note, now_s))

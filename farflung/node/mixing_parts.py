@@ -40,6 +40,7 @@ def mixing_parts(node: Node) -> tuple[MixingPhase, Mixer]:
         tell=tell,
         spawn=node._spawn,
         in_thread=node._in_thread,
+        in_loop=node.in_loop,
         over=node.mixed,
         note=lambda text: parts.audit.note(text, round_index=node._round),
     )

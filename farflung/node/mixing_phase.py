@@ -7,7 +7,7 @@ says what this member did (claims), how far behind it is, and what became of its
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from farflung.compression.codec import Link
@@ -25,6 +25,10 @@ NOISE_MAX = 0.5
 """A new reference is due when rounding leaves out more of a round's movement than this: offsets from an old one drown.
 A reference is as large as the state, and rounding is forgiving: training with int4 and references 20 rounds old, far
 beyond this, cost 0.09 % (docs/push-sum.md)."""
+
+
+OFFER_ROUNDS = 20
+"""An offer stands at least so long: others need time to fetch it."""
 
 
 class MixingPhase(LocalPhase):
@@ -104,7 +108,7 @@ class MixingPhase(LocalPhase):
         assert parent is not None
         behind = max(0, parent.trained - self.replica.trained)
         offer = self._offer(parent, behind)
-        holds = self._held([*([offer] if offer else []), *self.reference.standing])
+        holds = self._held([*self.reference.standing, *([offer] if offer else [])])
         account = replace(self.mixer.account, behind=behind, reference=offer, holds=holds)
         payload = account.canonical_bytes
         ref, digests = describe(payload)
@@ -117,7 +121,8 @@ class MixingPhase(LocalPhase):
         reference, every = self.reference, self._genesis.mixing.reference_rounds
         if self._offered is not None:
             ref, since, before = self._offered
-            if reference.reference_trained == before and parent.trained - since <= every:
+            stands = reference.reference_trained == before and ref != reference.present_ref()
+            if stands and parent.trained - since <= max(every, OFFER_ROUNDS):
                 return ref
             self._withdraw(ref)
         pairs, age = self._genesis.mode == "pairs", parent.trained - reference.reference_trained
@@ -128,7 +133,8 @@ class MixingPhase(LocalPhase):
         with self.replica.lock:
             data = b"".join(tensor.numpy().tobytes() for tensor in self.replica.tensors().values())
         ref, digests = describe(data)
-        self.mixer.ways.exchange.offer(self._store.put(data, ref, digests))
+        source = self._store.put(data, ref, digests)
+        self._tell_exchange(lambda: self.mixer.ways.exchange.offer(source))
         self._offered = ref, parent.trained, reference.reference_trained
         return ref
 
@@ -136,8 +142,12 @@ class MixingPhase(LocalPhase):
         """Another reference was taken, or nobody took this one: it need not be kept, unless it is the state now."""
         self._offered = None
         if ref != self.reference.present_ref():
-            self.mixer.ways.exchange.forget(ref.digest)
+            self._tell_exchange(lambda: self.mixer.ways.exchange.forget(ref.digest))
             self._store.drop(ref.digest)
+
+    def _tell_exchange(self, what: Callable[[], None]) -> None:
+        """The exchange belongs to the loop, and this is called from a thread."""
+        self.mixer.ways.in_loop(what)
 
     def _held(self, offers: Sequence[BlobRef]) -> bytes:
         """The first of these that is on disk."""

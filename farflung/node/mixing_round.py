@@ -35,6 +35,11 @@ if TYPE_CHECKING:
     from farflung.node.mixer import Mixer
 
 
+LEVEL_CLIP = 0.5
+"""Pairs: a late member whose meetings were all shortened by less than this is where its partners are: ordinary ones are
+shortened too, as the radius is a median of usual distances."""
+
+
 def terms_of(exact: bool) -> Terms:
     """The ledgers' terms of a run: copies of edges need one parcel at a time."""
     return Terms(mass_max=Fraction(1 << 9), window=EDGE_WINDOW_MAX if exact else 1)
@@ -116,7 +121,7 @@ class MixingRound:
         if not held:
             replica.stay(self.round_index)
         elif self.behind:
-            level = trained if self._caught_up() else replica.trained
+            level = trained if self._caught_up() else trained - self.behind  # it trained in this round all the same
             replica.catch_up(gradient_d, round_index=self.round_index, trained=level)
         else:
             replica.step(gradient_d, round_index=self.round_index, trained=trained, threads=self.threads)
@@ -127,9 +132,9 @@ class MixingRound:
         return numbers
 
     def _caught_up(self) -> bool:
-        """Whether a late member is where the others are now: it heard of them, and was not held back by a radius."""
+        """Whether a late member is where the others are now: it heard of them, and no radius held it back by much."""
         if isinstance(self.carrier, PairCarrier):
-            return self.carrier.met > 0 and not self.carrier.clipped
+            return self.carrier.met > 0 and self.carrier.least_clip >= LEVEL_CLIP
         return len(self.machine.plan) == 0 or bool(self.carrier.counted)
 
     def radii(self, before: list[Radius]) -> list[Radius]:
@@ -164,7 +169,8 @@ def begin_round(mixer: Mixer, manifest: Manifest, roll: Roll, reference_d: Tenso
     codec = MixingCodec(anchor.codec, cut(genesis.schema.numel, mixing.fragments))
     phi_d = _scaled(replica, roll.scale[me])
     behind = manifest.trained - 1 - replica.trained
-    movement = norm(replica.phi_d - replica.theta_d, threads=anchor.threads)
+    whole = norm(replica.phi_d - replica.theta_d, threads=anchor.threads)
+    movement = whole / math.sqrt(len(codec.parts))  # of one fragment
     common = (ways.me, manifest.round_index, plans)
     if genesis.mode == "pairs":
         rounds = _pairs(phi_d, reference_d, replica, roll.mass[me], codec, mixer.radii, anchor.threads)

@@ -60,8 +60,11 @@ class ReferenceAnchor(Anchor):
     open_blob: Callable[[bytes], BlobSource | None] = lambda digest: None
     trained: int = 0
     """Rounds that trained, as certified."""
+    trained_before: int = 0
+    """The same, one round before."""
     reference_trained: int = 0
-    """The same, of the reference, or somewhat less: an offer is taken a round later at the earliest."""
+    """About how many of them are in the reference: one less than when it was taken. It was offered a round before that
+    at the latest; on slow lines some more, which only its offers said."""
     roll: Roll | None = None
     """Who mixes after the round that was committed last."""
     audited: MassAudit | None = None
@@ -194,7 +197,7 @@ class ReferenceAnchor(Anchor):
                 self.theta_d, self._next_theta_d = self._next_theta_d, torch.empty_like(self.theta_d)
                 self.state, self._next_state = self._next_state, self.state
             self.reference_trained, self._ref = max(0, self.trained - 1), trial.ref
-        self.trained = manifest.trained
+        self.trained_before, self.trained = self.trained, manifest.trained
         self.round_index, self._trial, self._next = self.round_index + 1, None, None
         return trial
 

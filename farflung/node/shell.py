@@ -414,10 +414,10 @@ class Node:
         members = self.parts.peers.members
         try:
             source = await self.parts.exchange.fetch(ref, origin=origin, peers=members, deadline_s=SNAPSHOT_S)
-        except TimeoutError:
+        except (TimeoutError, FileNotFoundError):
             if origin is None:
                 raise
-            return  # if it still stands, the next round's accounts offer it again
+            return  # it was withdrawn; if it still stands, the next round's accounts offer it again
         await self._in_thread(self.sync.keep, source)
         self.parts.exchange.offer(source)
 
@@ -537,6 +537,11 @@ class Node:
 
     def _give(self, event: Event) -> None:
         self._spawn(self._inbox.put(event), type(event).__name__)
+
+    def in_loop(self, what: Callable[[], None]) -> None:
+        """From a thread: have the loop do this soon."""
+        assert self._failed is not None
+        self._failed.get_loop().call_soon_threadsafe(what)
 
     async def _in_thread(self, function: Callable[..., Any], *arguments: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._pool, function, *arguments)
