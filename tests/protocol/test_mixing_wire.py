@@ -247,6 +247,7 @@ OTHER = {
     "gamma_percent": 50,
     "late_percent": 0,
     "radius_percent": 200,
+    "tick_ms": 119_000,
     "settle_ms": 1,
     "silence_ms": 2,
 }

@@ -212,13 +212,27 @@ class Whatever:
     __hash__ = None
 
 
+FELL = (
+    "v1 seed=995 members=2 rounds=2 steps=2 quorum=50 mode=pairs fell(1,vote,2.88,+5.85)",
+    "v1 seed=1199 members=2 rounds=0 steps=2 quorum=100 mode=pairs lose(1,*,Note,3.21,+2.15) fell(1,vote,4.22,+1.69)",
+    "v1 seed=1107 members=5 rounds=0 steps=2 quorum=50 mode=push-sum disk(4,2.03,x2,+0.26) fell(0,vote,4.42,+0.11) "
+    "straggle(2,4.68,x2,+0.26) double(0,*,Proposal,4.86,0.5,+1.31)",
+    "v1 seed=331 members=2 rounds=5 steps=2 quorum=100 mode=flow fell(0,vote,0.77,+0.53) lose(*,0,any,3.96,+2.64) "
+    "lose(*,0,Note,5.15,+0.84) lose(*,1,any,5.16,+0.3) fell(0,vote,5.8,+2.45)",
+)
+"""In each somebody starts again between its announcement and the certificate. When that is hangs on how long rounds
+take, so that a change of times may spare one of them, but not all."""
+
+
 def test_a_member_that_forgets_that_its_update_is_gone_is_found(monkeypatch):
     """The bug that exploration found, put back."""
+    assert all(drill(parse_line(line)).broken is None for line in FELL)
     forgetful = property(lambda self: Whatever(), lambda self, value: None)
     monkeypatch.setattr(Replica, "phi_round", forgetful, raising=False)
-    broken = drill(parse_line(FELLED)).broken
-    assert broken is not None
-    assert broken[0] in ("steps count once", "mass is conserved")
+    broken = [drill(parse_line(line)).broken for line in FELL]
+    laws_broken = {found[0] for found in broken if found is not None}
+    assert laws_broken
+    assert laws_broken <= {"steps count once", "mass is conserved"}
 
 
 # -- the law itself ---------------------------------------------------------------------------------------------------
