@@ -144,6 +144,13 @@ class OutEdge:
         self._pending = _Pending(next_d, weight, chained(self.copy_hash, payload))
         return FlowMessage(payload, weight, self.copy_hash)
 
+    @property
+    def said_d(self) -> Tensor:
+        """The copy [d] once what is under way has counted. Raises LocalError if nothing is."""
+        if self._pending is None:
+            raise LocalError("no message is under way on this edge")
+        return self._pending.copy_d
+
     def settled(self) -> None:
         """The message counted there: the copies agree on the new one. Raises LocalError if none was under way."""
         pending = self._take()
@@ -176,6 +183,10 @@ class InEdge:
         and within weight_max, the payload is malformed, or the copy would hold entries that are not finite or beyond
         PAYLOAD_ABS_MAX.
         """
+        self.count(mass, message, self.check(message, weight_max=weight_max, peer=peer, threads=mass.threads))
+
+    def check(self, message: FlowMessage, *, weight_max: float, peer: str, threads: int = 1) -> Tensor:
+        """The copy [d] if the message counts; nothing changes. For `count`, later. Raises PeerError as `receive`."""
         from farflung.aggregation.kernels import mass as kernels
 
         if message.copy_hash != self.copy_hash:
@@ -184,12 +195,18 @@ class InEdge:
             )
         if not 0 < message.weight <= weight_max:
             raise PeerError(peer, f"sent a mass of weight {message.weight}, the most there is being {weight_max}")
-        next_d = advanced(self.copy_d, self.flow.codec.decode(message.payload), mass.threads)
+        next_d = advanced(self.copy_d, self.flow.codec.decode(message.payload), threads)
         copy = next_d.numpy()
-        pieces = sweep(len(copy), mass.threads, lambda at: kernels.measure(copy[at]))
+        pieces = sweep(len(copy), threads, lambda at: kernels.measure(copy[at]))
         size, largest = sum(piece[1] for piece in pieces), max((piece[2] for piece in pieces), default=0.0)
         if not (math.isfinite(size) and largest <= PAYLOAD_ABS_MAX):
             raise PeerError(peer, f"sent a change that makes its ratio as large as {largest}")
+        return next_d
+
+    def count(self, mass: Mass, message: FlowMessage, next_d: Tensor) -> None:
+        """Let a checked message's flow in. Raises LocalError if another message counted since it was checked."""
+        if message.copy_hash != self.copy_hash:
+            raise LocalError("a message that was checked against another copy")
         mass.pour(next_d, message.weight)
         self.copy_d, self.copy_hash = next_d, chained(self.copy_hash, message.payload)
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from farflung.protocol.blob import BlobRef, chunk_digest, describe, split
 from farflung.protocol.errors import LocalError, PeerError
 
@@ -108,6 +111,19 @@ class MemoryBlobs:
     def drop(self, digest: bytes) -> None:
         """Forget an unfinished blob."""
         self._partials.pop(digest, None)
+
+
+def read_stream(source: BlobSource, arrays: Sequence[NDArray[np.float32]]) -> None:
+    """Read a blob into arrays, one after the other, chunk by chunk. The caller has compared their sizes with it."""
+    views = [memoryview(array).cast("B") for array in arrays]  # type: ignore[arg-type]
+    for index in range(source.ref.chunks):
+        data = memoryview(source.read_chunk(index))
+        start, offset = source.ref.span(index)[0], 0
+        for view in views:
+            first, last = max(start - offset, 0), min(start + len(data) - offset, len(view))
+            if first < last:
+                view[first:last] = data[first + offset - start : last + offset - start]
+            offset += len(view)
 
 
 def read_all(source: BlobSource) -> bytes:

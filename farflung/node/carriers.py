@@ -14,15 +14,15 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from farflung.aggregation.flow import ORIGIN, FlowMessage, InEdge, OutEdge
+from farflung.aggregation.flow import Flow, FlowMessage, InEdge, OutEdge
 from farflung.aggregation.mass import Mass, Sums
 from farflung.aggregation.outer import norm
 from farflung.aggregation.pairs import Offer as PairOffer
 from farflung.aggregation.pairs import PairRound
 from farflung.aggregation.push_sum import PushSumRound
-from farflung.node.blob_sources import MemoryBlob, read_all
+from farflung.node.blob_sources import MemoryBlob
 from farflung.node.mixing_codec import MixingCodec
-from farflung.protocol.errors import LocalError, PeerError
+from farflung.protocol.errors import LocalError
 from farflung.protocol.identity import PeerId
 from farflung.protocol.ledger.books import Terms
 from farflung.protocol.ledger.effects import Credit, Returned
@@ -75,7 +75,7 @@ class WholeCarrier:
     weight_max: float
     counted: int = 0
     """Parcels that were counted here."""
-    _read: dict[Key, Tensor] = field(default_factory=dict)
+    _read: dict[Key, Mass] = field(default_factory=dict)
     _escrow: dict[Key, tuple[bytes, float]] = field(default_factory=dict)
 
     def split(self, tick: int, machine: PushSumMachine) -> Shares:
@@ -101,8 +101,8 @@ class WholeCarrier:
         assert isinstance(note.content, Parcel)
         numerator_d = self.codec.decode(note.fragment, payload, self.round_index)
         weight = float(note.content.amount.mass)
-        Mass.received(numerator_d, weight, weight_max=self.weight_max, peer=peer.short)
-        self._read[peer, note.fragment, note.content.seq] = numerator_d
+        mass = Mass.received(numerator_d, weight, weight_max=self.weight_max, peer=peer.short)
+        self._read[peer, note.fragment, note.content.seq] = mass
 
     def move(self, move: Move) -> None:
         """See `MassCarrier`."""
@@ -110,13 +110,13 @@ class WholeCarrier:
         key = (effect.peer, part, effect.seq)
         held = self.round.masses[part]
         if isinstance(effect, Credit):
-            held.absorb(Mass(self._read.pop(key), float(effect.amount.mass), threads=held.threads))
+            held.absorb(self._read.pop(key))
             self.counted += 1
             return
         payload, _ = self._escrow.pop(key)
         if isinstance(effect, Returned):
             numerator_d = self.codec.decode(part, payload, self.round_index)
-            held.absorb(Mass(numerator_d, float(effect.amount.mass), threads=held.threads))
+            held.absorb(Mass(numerator_d, float(effect.amount.mass)))
 
     def sums(self, part: int) -> Sums:
         """See `MassCarrier`."""
@@ -145,8 +145,14 @@ class FlowCarrier:
     """What rounding left out of the first messages, relative to that; offsets grow as their reference ages."""
     _out: dict[tuple[PeerId, int], OutEdge] = field(default_factory=dict)
     _in: dict[tuple[PeerId, int], InEdge] = field(default_factory=dict)
-    _read: dict[Key, FlowMessage] = field(default_factory=dict)
+    _read: dict[Key, tuple[FlowMessage, Tensor]] = field(default_factory=dict)
+    """Messages and the copies that they lead to."""
     _total: dict[Key, float] = field(default_factory=dict)
+    _flows: list[Flow] = field(init=False)
+
+    def __post_init__(self) -> None:
+        parts = range(len(self.round.masses))
+        self._flows = [self.codec.flow(part, self.gamma, self.round_index) for part in parts]
 
     def split(self, tick: int, machine: PushSumMachine) -> Shares:
         """See `MassCarrier`. Shares are of what was held when the tick began; a busy edge's stays."""
@@ -154,42 +160,38 @@ class FlowCarrier:
         sends = self.round.plan[tick][self.round.me].sends
         self.round.tick = tick + 1
         for part, mass in enumerate(self.round.masses):
-            whole = mass.weight
+            whole, total = mass.weight, mass.sums().total
             for share in sends:
                 peer, flowing = self.members[share.to], self.gamma * share.share * whole
                 edge = self._edge_to(peer, part)
                 if Fraction(flowing) < self.terms.mass_min or edge.busy or not machine.room(peer, part):
                     shares[peer, part] = None
                     continue
-                before = mass.sums().total
-                ratio_d = mass.ratio() if not edge_is_used(edge) else None
+                ratio_d = mass.ratio() if tick == 0 and self.movement else None
                 message = edge.send(mass, flowing)
-                if ratio_d is not None and self.movement:
-                    lost = norm(ratio_d - self.codec.decode(part, message.payload, self.round_index))
-                    self.noise = max(self.noise, lost / self.movement)
+                if ratio_d is not None:
+                    self.noise = max(self.noise, norm(ratio_d - edge.said_d) / self.movement)
                 blob = MemoryBlob.of(message.payload)
                 seq = machine.ledgers[part].out[peer].next_seq
-                self._total[peer, part, seq] = before - mass.sums().total
+                before, total = total, mass.sums().total
+                self._total[peer, part, seq] = before - total
                 shares[peer, part] = Share(Posted(Fraction(message.weight), blob.ref, message.copy_hash), blob)
         return shares
 
     def read(self, peer: PeerId, note: Note, payload: bytes) -> None:
         """See `MassCarrier`. Whether it fits the edge's copy is seen now: what has counted cannot be refused."""
         assert isinstance(note.content, Parcel)
-        weight, edge = float(note.content.amount.mass), self._edge_from(peer, note.fragment)
-        message = FlowMessage(payload, weight, note.copy_hash)
-        trial = InEdge(edge.flow, edge.copy_d, edge.copy_hash)
-        nothing = Mass(torch.zeros_like(edge.copy_d), 0.0)
-        trial.receive(nothing, message, weight_max=self.weight_max, peer=peer.short)
-        self._read[peer, note.fragment, note.content.seq] = message
+        message = FlowMessage(payload, float(note.content.amount.mass), note.copy_hash)
+        edge, threads = self._edge_from(peer, note.fragment), self.round.masses[note.fragment].threads
+        next_d = edge.check(message, weight_max=self.weight_max, peer=peer.short, threads=threads)
+        self._read[peer, note.fragment, note.content.seq] = message, next_d
 
     def move(self, move: Move) -> None:
         """See `MassCarrier`."""
         effect, part = move.effect, move.fragment
         key, held = (effect.peer, part, effect.seq), self.round.masses[part]
         if isinstance(effect, Credit):
-            edge = self._edge_from(effect.peer, part)
-            edge.receive(held, self._read.pop(key), weight_max=self.weight_max, peer=effect.peer.short)
+            self._edge_from(effect.peer, part).count(held, *self._read.pop(key))
             self.counted += 1
             return
         self._total.pop(key)
@@ -209,20 +211,13 @@ class FlowCarrier:
 
     def _edge_to(self, peer: PeerId, part: int) -> OutEdge:
         if (peer, part) not in self._out:
-            flow = self.codec.flow(part, self.gamma, self.round_index)
-            self._out[peer, part] = OutEdge(flow, torch.zeros_like(self.round.masses[part].numerator_d))
+            self._out[peer, part] = OutEdge(self._flows[part], torch.zeros_like(self.round.masses[part].numerator_d))
         return self._out[peer, part]
 
     def _edge_from(self, peer: PeerId, part: int) -> InEdge:
         if (peer, part) not in self._in:
-            flow = self.codec.flow(part, self.gamma, self.round_index)
-            self._in[peer, part] = InEdge(flow, torch.zeros_like(self.round.masses[part].numerator_d))
+            self._in[peer, part] = InEdge(self._flows[part], torch.zeros_like(self.round.masses[part].numerator_d))
         return self._in[peer, part]
-
-
-def edge_is_used(edge: OutEdge) -> bool:
-    """Whether something has travelled along an edge in this round."""
-    return edge.copy_hash != ORIGIN
 
 
 def _adrift(part: int, machine: PushSumMachine, totals: Mapping[Key, float]) -> tuple[Adrift, ...]:
@@ -294,20 +289,3 @@ class PairCarrier:
         self.met += 1
         self.clipped += meeting.clip < 1
         self.least_clip = min(self.least_clip, meeting.clip)
-
-
-def whole_bytes(blob: MemoryBlob) -> bytes:
-    """What was put on offer."""
-    return read_all(blob)
-
-
-__all__ = [
-    "FlowCarrier",
-    "MassCarrier",
-    "PairCarrier",
-    "PeerError",
-    "Share",
-    "WholeCarrier",
-    "totals_of",
-    "whole_bytes",
-]

@@ -8,6 +8,7 @@ written and the outer step taken; the machine stays to answer partners who are n
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 from collections import deque
@@ -326,13 +327,10 @@ class Mixer:
             raise PeerError(peer.short, f"offers a vector of {ref.size} bytes")
         if record is None:
             raise ConnectionError("its address is not known")
-        for attempt in range(TRIES):
-            try:
+        for _ in range(TRIES - 1):
+            with contextlib.suppress(TimeoutError, ConnectionError):
                 return await self._chunks(record, ref)
-            except (TimeoutError, ConnectionError):
-                if attempt == TRIES - 1:
-                    raise
-        raise AssertionError("unreachable")
+        return await self._chunks(record, ref)
 
     async def _chunks(self, record: PeerRecord, ref: BlobRef) -> bytes:
         pieces, digests = [], []

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from farflung.aggregation import pairs, push_sum
 from farflung.aggregation.graphs import parse_graph, plan_round
-from farflung.aggregation.mass import Mass, Sums
+from farflung.aggregation.mass import Mass, Sums, add_sums
 from farflung.aggregation.outer import norm
 from farflung.aggregation.pairs import Claims, PairRound, Radius
-from farflung.node.carriers import FlowCarrier, MassCarrier, PairCarrier, Share, WholeCarrier, totals_of
+from farflung.node.carriers import FlowCarrier, PairCarrier, Share, WholeCarrier, totals_of
 from farflung.node.mixing_codec import MixingCodec, cut
 from farflung.node.reference import PAIR_WEIGHT_MIN, Roll
 from farflung.node.replica import Replica
@@ -59,6 +59,8 @@ class MixingRound:
     replica: Replica
     reference_d: Tensor
     threads: int
+    alone: bool
+    """Nobody else is on the list."""
 
     # -- vectors ------------------------------------------------------------------------------------------------------
 
@@ -99,7 +101,7 @@ class MixingRound:
                 books.append(Book(self.machine.ledgers[part], weight, totals))
             else:
                 pair = self.carrier.rounds[part]
-                now = Sums(0.0, 0.0, 0.0, 0.0) if pair is None else _pair_sums(pair)
+                now = _pair_sums(pair)
                 books.append(Book(None, Fraction(now.weight), Totals(began.total, now.total, began.magnitude)))
         return Account(self.me, 0, self.round_index, tuple(books))
 
@@ -134,8 +136,8 @@ class MixingRound:
     def _caught_up(self) -> bool:
         """Whether a late member is where the others are now: it heard of them, and no radius held it back by much."""
         if isinstance(self.carrier, PairCarrier):
-            return self.carrier.met > 0 and self.carrier.least_clip >= LEVEL_CLIP
-        return len(self.machine.plan) == 0 or bool(self.carrier.counted)
+            return self.alone or (self.carrier.met > 0 and self.carrier.least_clip >= LEVEL_CLIP)
+        return self.alone or bool(self.carrier.counted)
 
     def radii(self, before: list[Radius]) -> list[Radius]:
         """What pairs have learnt of distances."""
@@ -174,7 +176,7 @@ def begin_round(mixer: Mixer, manifest: Manifest, roll: Roll, reference_d: Tenso
     common = (ways.me, manifest.round_index, plans)
     if genesis.mode == "pairs":
         rounds = _pairs(phi_d, reference_d, replica, roll.mass[me], codec, mixer.radii, anchor.threads)
-        began = tuple(Sums(0.0, 0.0, 0.0, 0.0) if pair is None else _pair_sums(pair) for pair in rounds)
+        began = tuple(_pair_sums(pair) for pair in rounds)
         weights_of = dict(zip(roll.members, roll.mass, strict=True))
         carrier: Any = PairCarrier(rounds, codec, manifest.round_index, weights_of, movement)
         machine: Any = PairMachine(*common, mixing.fragments, patience, ways.heard, now_s)
@@ -198,6 +200,7 @@ def begin_round(mixer: Mixer, manifest: Manifest, roll: Roll, reference_d: Tenso
         replica,
         reference_d,
         anchor.threads,
+        n == 1,
     )
 
 
@@ -229,11 +232,10 @@ def _pairs(
     return tuple(rounds)
 
 
-def _pair_sums(pair: PairRound) -> Sums:
-    """Of w z: what two who meet conserve together."""
+def _pair_sums(pair: PairRound | None) -> Sums:
+    """Of w z: what two who meet conserve together. Nothing of who idles."""
+    if pair is None:
+        return add_sums(())
     sums = Mass(pair.z_d, 1.0).sums()
     weight = pair.weight
     return Sums(weight, weight * sums.total, weight * sums.magnitude, weight * sums.largest)
-
-
-__all__ = ["MassCarrier", "MixingRound", "begin_round", "terms_of"]

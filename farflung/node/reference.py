@@ -11,18 +11,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from farflung.aggregation.mass import late_weight
-from farflung.aggregation.rule import Evidence
 from farflung.aggregation.weights import Claim
 from farflung.node.anchor import Anchor, Trial, state_digests
-from farflung.node.blobs import BlobSource
+from farflung.node.blob_sources import BlobSource, read_stream
 from farflung.protocol.blob import BlobRef, choose_chunk_bytes
 from farflung.protocol.certificate import Certificate
 from farflung.protocol.errors import LocalError, PeerError, TooFewPeers
@@ -110,7 +108,9 @@ class ReferenceAnchor(Anchor):
 
     def taken(self, manifest: Manifest, payloads: Sequence[bytes]) -> BlobRef | None:
         """The reference that a manifest takes: one that more than half of those who are listed have on disk."""
-        accounts = [decode_account(payload, self.terms) for payload in payloads]
+        return self._taken(manifest, [decode_account(payload, self.terms) for payload in payloads])
+
+    def _taken(self, manifest: Manifest, accounts: Sequence[Account]) -> BlobRef | None:
         for offer in self._offers(manifest, accounts):
             held = sum(account.holds == offer.digest for account in accounts)
             if 2 * held > len(accounts):
@@ -159,13 +159,9 @@ class ReferenceAnchor(Anchor):
         for item, payload in zip(manifest.payloads, payloads, strict=True):
             accounts[item.peer_id] = decode_account(payload, self.terms)
         roll, audited = self._call(manifest, accounts), self._audit(accounts)
-        chosen = self.taken(manifest, payloads)
+        chosen = self._taken(manifest, [*accounts.values()])
         taken = chosen is not None and self._read(chosen)
-        if taken:
-            assert chosen is not None
-            ref = chosen
-        else:
-            ref = self.present_ref()
+        ref = chosen if chosen is not None and taken else self.present_ref()
         total = sum(roll.mass)
         verdicts = {
             peer: Verdict(mass / total if total else 0.0, Reason.KEPT)
@@ -181,8 +177,7 @@ class ReferenceAnchor(Anchor):
         }
         standing = () if taken else tuple(self._offers(manifest, [*accounts.values()]))
         self._next = manifest, roll, audited, taken, standing
-        evidence: Evidence | None = None
-        self._trial = Trial(manifest.digest, ref, verdicts, numbers, evidence)
+        self._trial = Trial(manifest.digest, ref, verdicts, numbers)
         return self._trial
 
     def commit(self, manifest_digest: bytes) -> Trial:
@@ -243,37 +238,19 @@ class ReferenceAnchor(Anchor):
             and book.ledger is not None
             and book.ledger.opened != Fraction(certified.get(peer, 0.0))
         ]
-        return audited if not wrong else replace_audit(audited, wrong)
+        return replace(audited, discrepancies=(*audited.discrepancies, *wrong))
 
     def _read(self, ref: BlobRef) -> bool:
         """Read a reference into the room of the next state. False if it holds numbers that are not finite."""
         source = self.open_blob(ref.digest)
         if source is None:
             raise LocalError(f"reference {ref.short} is not on disk")
-        views = [part.numpy().view(np.uint8) for part in (self._next_theta_d, *self._next_state)]
-        whole, offset = memoryview(bytearray(ref.size)), 0
-        for index in range(ref.chunks):
-            start, stop = ref.span(index)
-            whole[start:stop] = source.read_chunk(index)
-        for view in views:
-            view[:] = np.frombuffer(whole[offset : offset + len(view)], np.uint8)
-            offset += len(view)
-        return all(bool(part.isfinite().all()) for part in (self._next_theta_d, *self._next_state))
+        room = (self._next_theta_d, *self._next_state)
+        read_stream(source, [part.numpy() for part in room])
+        return all(bool(part.isfinite().all()) for part in room)
 
     def present_ref(self) -> BlobRef:
         """The name of the present state. Costs a digest the first time."""
         if self._ref is None:
             self._ref, _ = state_digests(self.arrays())
         return self._ref
-
-
-def replace_audit(audited: MassAudit, found: Sequence[Discrepancy]) -> MassAudit:
-    """The same audit with more discrepancies."""
-    return MassAudit(
-        audited.round_index,
-        audited.members,
-        audited.error,
-        audited.limbo,
-        audited.unseen,
-        (*audited.discrepancies, *found),
-    )

@@ -430,7 +430,7 @@ class Node:
             if self._snapshot is not None:
                 await self._snapshot
             payloads = await self._in_thread(read_payloads, self.store, manifest)
-            taken = self.anchor.taken(manifest, payloads)
+            taken = await self._in_thread(self.anchor.taken, manifest, payloads)
             if taken is not None and self.store.blob(taken.digest) is None:
                 try:
                     await self._get_further(taken, None)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from farflung.node.anchor import Anchor, state_digests
-from farflung.node.blob_sources import read_all
+from farflung.node.blob_sources import read_all, read_stream
 from farflung.node.blobs import BlobExchange, BlobSource
 from farflung.node.peers import Peers
 from farflung.node.runtime import Transport
@@ -256,17 +256,7 @@ class StateSync:
         return round_index
 
     def _take_in(self, round_index: int, source: BlobSource) -> None:
-        ref, arrays, offset = source.ref, self.anchor.arrays(), 0
-        stream = [memoryview(array).cast("B") for array in arrays]  # type: ignore[arg-type]
-        for index in range(ref.chunks):
-            data = memoryview(source.read_chunk(index))
-            start = index * ref.chunk_bytes
-            offset = 0
-            for view in stream:
-                first, last = max(start - offset, 0), min(start + len(data) - offset, len(view))
-                if first < last:
-                    view[first:last] = data[first + offset - start : last + offset - start]
-                offset += len(view)
+        read_stream(source, self.anchor.arrays())
         self.anchor.loaded(round_index)
         self.anchor.locate(self.certificate)
         self.store.write_snapshot(round_index, self.anchor.theta_d, self.anchor.buffers)

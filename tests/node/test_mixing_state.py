@@ -9,14 +9,17 @@ from fractions import Fraction
 import pytest
 import torch
 
+from farflung.aggregation import push_sum
+from farflung.aggregation.graphs import parse_graph, plan_round
 from farflung.aggregation.outer import parse_outer
 from farflung.aggregation.registry import parse_rule
 from farflung.aggregation.weights import parse_weights
 from farflung.compression import parse_codec
 from farflung.node.assembly import make_anchor
 from farflung.node.blob_sources import MemoryBlob
+from farflung.node.carriers import WholeCarrier
 from farflung.node.mixing_codec import EXACT, MixingCodec, cut
-from farflung.node.mixing_round import terms_of
+from farflung.node.mixing_round import MixingRound, terms_of
 from farflung.node.reference import ReferenceAnchor
 from farflung.node.replica import Replica
 from farflung.node.run_file import RunFile, make_genesis, parse_run
@@ -28,6 +31,8 @@ from farflung.protocol.identity import Identity
 from farflung.protocol.ledger.books import Ledger
 from farflung.protocol.manifest import Manifest
 from farflung.protocol.mixing.account import Account, Book, Totals
+from farflung.protocol.mixing.clockwork import Patience, TickPlan
+from farflung.protocol.mixing.push_sum import PushSumMachine
 from farflung.protocol.mixing.settings import Mixing
 from farflung.protocol.schema import Schema, TensorSpec
 from farflung.protocol.statements import Announcement
@@ -273,6 +278,25 @@ def test_a_replica_comes_back_and_refuses_what_is_not_its_own():
         other.restore(replica.tensors(), replica.meta() | {"outer": "sgd(lr=1)"})
     with pytest.raises(LocalError, match="outer"):
         other.restore({"theta": replica.theta_d}, replica.meta())
+
+
+@pytest.mark.parametrize(("alone", "level"), [(True, 7), (False, 5)])
+def test_a_late_member_is_level_when_it_heard_of_others_or_when_there_are_none(alone, level):
+    """It was 2 behind: heard by nobody it is 2 behind still, though it trained in this round."""
+    replica, reference_d = replica_of(), torch.zeros(D)
+    replica.trained = 4
+    replica.note_end(torch.ones(D))
+    codec, patience = MixingCodec(parse_codec("fp32"), cut(D, 1)), Patience.of(genesis_of(mode="push-sum"))
+    plan = plan_round(parse_graph("base(k=1)"), 1, 1, run_id=bytes(20), round_index=7)
+    holding = push_sum.begin(0, plan, replica.phi_d, reference_d, [1.0])
+    opened, ticks = (Fraction(1),), (TickPlan((), ()),)
+    machine = PushSumMachine(MEMBERS[0], 7, ticks, opened, terms_of(True), patience, lambda peer: None, 0.0)
+    carrier = WholeCarrier(holding, (MEMBERS[0],), codec, 7, terms_of(True), 1.0)
+    began = tuple(mass.sums() for mass in holding.masses)
+    current = MixingRound(MEMBERS[0], 7, machine, codec, carrier, began, 2, replica, reference_d, 1, alone)
+    current.finish(7)
+    assert replica.trained == level
+    assert torch.allclose(replica.theta_d, replica.phi_d)
 
 
 # -- codecs and fragments ---------------------------------------------------------------------------------------------
