@@ -135,9 +135,9 @@ def counted_twice(monkeypatch):
     def twice(self, what):
         if isinstance(what.effect, Credit):
             key = what.effect.peer, what.fragment, what.effect.seq
-            again_d = self._read[key].clone()
+            again = self._read[key].copy()
             move(self, what)
-            self._read[key] = again_d
+            self._read[key] = again
         move(self, what)
 
     monkeypatch.setattr(WholeCarrier, "move", twice)
